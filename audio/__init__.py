@@ -1,0 +1,1 @@
+"""Audio domain of adaptsuite."""

@@ -1,0 +1,181 @@
+"""Mixtures of adapters for audio transformers: soft and dense (Cappellazzo et al. 2024, arXiv:2402.00828, section 2).
+
+Soft-MoA follows Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-3) with bottleneck adapters as experts. Both
+are evaluated in a few large products: a loop over experts costs 6 to 38 times as much for the dense mixture.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptsuite.errors import UsageError
+from adaptsuite.method import Method, Placement, register
+from adaptsuite.sites import Site
+
+
+@dataclass(frozen=True)
+class _Mixture(Method):
+    """Settings that both mixtures have."""
+
+    experts: int = 7
+    bottleneck: int = 6  # hidden features of one expert
+    placement: Placement = "parallel"
+    sites: tuple[str, ...] = ("attn",)
+
+    mergeable = "a mixture's output depends on all tokens at once, no weight of the backbone can hold it"
+    norms = ("final", "beside")
+
+    def check(self) -> None:
+        for name in ("experts", "bottleneck"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, it must be at least 1")
+        if self.placement not in ("parallel", "sequential"):
+            raise UsageError(f"{self.name}: placement is {self.placement!r}, it is parallel or sequential")
+
+    def width(self, site: Site) -> int:
+        if site.dim != site.dim_out:
+            raise UsageError(
+                f"{self.name}: site {site.role!r} maps {site.dim} to {site.dim_out}, a mixture needs one width"
+            )
+        return site.dim
+
+
+@register("audio.soft_moa")
+@dataclass(frozen=True)
+class SoftMoa(_Mixture):
+    """Slots are convex sums of tokens, experts work on slots, tokens are convex sums of what the experts give."""
+
+    slots: int = 1  # per expert
+    normalise: bool = (
+        False  # l2-normalised tokens and slots in the logits (Soft MoE section 2.3); the raw tokens travel
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.slots < 1:
+            raise UsageError(f"{self.name}: slots is {self.slots}, it must be at least 1")
+
+    def build(self, site: Site) -> nn.Module:
+        return SoftMoaBranch(
+            self.width(site), self.experts, self.bottleneck, self.slots, self.normalise, self.placement
+        )
+
+
+@register("audio.dense_moa")
+@dataclass(frozen=True)
+class DenseMoa(_Mixture):
+    """Every expert sees every token; a softmax gate weighs them. No auxiliary loss."""
+
+    def build(self, site: Site) -> nn.Module:
+        return DenseMoaBranch(self.width(site), self.experts, self.bottleneck, self.placement)
+
+
+class Experts(nn.Module):
+    """N bottleneck adapters side by side: down (N, R, D), up (N, D, R). `up` starts at zero, so the mixture does."""
+
+    def __init__(self, dim: int, experts: int, bottleneck: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(experts, bottleneck, dim))
+        self.down_bias = nn.Parameter(torch.empty(experts, bottleneck))
+        self.up = nn.Parameter(torch.zeros(experts, dim, bottleneck))
+        self.up_bias = nn.Parameter(torch.zeros(experts, dim))
+        bound = 1 / math.sqrt(dim)  # as nn.Linear starts, expert by expert
+        nn.init.uniform_(self.down, -bound, bound)
+        nn.init.uniform_(self.down_bias, -bound, bound)
+
+
+class SoftMoaBranch(nn.Module):
+    """out = C Y, Y_n = A_n(D^T X); X (B, T, D), Phi (D, N, S): N experts with S slots each.
+
+    D = softmax over the tokens, C = softmax over all N S slots of one token, of the same logits L = X Phi. Padding
+    (context.token_mask False) gets no weight in any slot; what it receives itself is never read.
+    """
+
+    def __init__(self, dim: int, experts: int, bottleneck: int, slots: int, normalise: bool, placement: Placement):
+        super().__init__()
+        self.experts = Experts(dim, experts, bottleneck)
+        self.phi = nn.Parameter(torch.empty(dim, experts, slots))
+        nn.init.normal_(self.phi, std=math.sqrt(2 / (slots * (experts + dim))))  # the reference's xavier normal
+        self.logit_scale = nn.Parameter(torch.ones(())) if normalise else None
+        self.placement = placement
+
+    def router(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """logits (B, T, N*S), dispatch (sums to 1 over T) and combine (sums to 1 over N*S) weights, in float32."""
+        phi = self.phi.flatten(1)
+        if self.logit_scale is not None:
+            phi = F.normalize(phi, dim=0) * self.logit_scale
+            logits = F.normalize(x, dim=-1) @ phi
+        else:
+            logits = x @ phi
+        logits = logits.float()  # a softmax over thousands of tokens loses its small weights in bfloat16
+        masked = logits if mask is None else logits.masked_fill(~mask[..., None], float("-inf"))
+        return logits, masked.softmax(1), logits.softmax(-1)
+
+    def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
+        shape, source = y.shape, x if self.placement == "parallel" else y
+        tokens = source.flatten(1, -2)  # (B, T, D), also from grids of tokens
+        _, dispatch, combine = self.router(tokens, context.token_mask)
+        e, slots = self.experts, self.phi.shape[2]
+        s = dispatch.to(tokens.dtype).transpose(1, 2) @ tokens  # (B, N*S, D)
+        s = s.unflatten(1, (-1, slots)).transpose(0, 1).flatten(1, 2)  # (N, B*S, D)
+        h = F.gelu(torch.baddbmm(e.down_bias[:, None], s, e.down.transpose(1, 2)))
+        out = torch.baddbmm(e.up_bias[:, None], h, e.up.transpose(1, 2))
+        out = out.unflatten(1, (-1, slots)).transpose(0, 1).flatten(1, 2)  # (B, N*S, D)
+        return y + (combine.to(out.dtype) @ out).reshape(shape)
+
+    @torch.no_grad()
+    def diagnostics(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float | list[float]]:
+        """How the router works on tokens x (B, T, D); one that does nothing has entropy 1 and a slot norm far below 1.
+
+        logit_std; dispatch_entropy / ln(number of real tokens); slot_norm: mean slot norm over mean token norm;
+        load: share of the combine weight that goes to each expert.
+        """
+        logits, dispatch, combine = self.router(x, mask)
+        real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        entropy = -(dispatch * dispatch.clamp_min(1e-30).log()).sum(1) / real.sum(1, keepdim=True).log().clamp_min(1e-6)
+        slots = dispatch.to(x.dtype).transpose(1, 2) @ x
+        return {
+            "logit_std": float(logits[real].std()),
+            "dispatch_entropy": float(entropy.mean()),
+            "slot_norm": float(slots.norm(dim=-1).mean() / x[real].norm(dim=-1).mean()),
+            "load": combine[real].mean(0).unflatten(0, (-1, self.phi.shape[2])).sum(1).tolist(),
+        }
+
+
+class DenseMoaBranch(nn.Module):
+    """out = sum_n softmax(W_g x + b_g)_n A_n(x) for every token, as one pair of wide products.
+
+    The gate scales the hidden features, so that (B, T, D, N) is never built:
+    sum_n g_n (U_n h_n + b_n) = [U_1 .. U_N] [g_1 h_1; ..; g_N h_N] + g [b_1 .. b_N].
+    """
+
+    def __init__(self, dim: int, experts: int, bottleneck: int, placement: Placement):
+        super().__init__()
+        self.experts = Experts(dim, experts, bottleneck)
+        self.gate = nn.Linear(dim, experts)
+        self.placement = placement
+        if experts == 1:
+            reason = "a gate over one expert is always 1"
+            self.exempt = {"gate.weight": reason, "gate.bias": reason}
+
+    def router(self, x: Tensor) -> Tensor:
+        """(..., N) gate weights, summing to 1, in float32."""
+        return self.gate(x).float().softmax(-1)
+
+    def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
+        source, e = x if self.placement == "parallel" else y, self.experts
+        gate = self.router(source).to(y.dtype)  # (..., N)
+        h = F.gelu(F.linear(source, e.down.flatten(0, 1), e.down_bias.flatten()))  # (..., N*R)
+        h = (h.unflatten(-1, e.down.shape[:2]) * gate[..., None]).flatten(-2)
+        return y + F.linear(h, e.up.transpose(0, 1).flatten(1)) + gate @ e.up_bias
+
+    @torch.no_grad()
+    def diagnostics(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float | list[float]]:
+        """gate_entropy / ln N (1: the gate does not choose) and load, each expert's share, on tokens x (B, T, D)."""
+        gate = self.router(x)
+        gate = gate.flatten(0, -2) if mask is None else gate[mask]
+        entropy = -(gate * gate.clamp_min(1e-30).log()).sum(-1).mean() / max(math.log(gate.shape[-1]), 1e-6)
+        return {"gate_entropy": float(entropy), "load": gate.mean(0).tolist()}

@@ -1,0 +1,447 @@
+"""The bank: everything that adapters own on a host, and the hooks that make the active ones act.
+
+A `Port` changes what a called module returns. A `Shadow` puts effective parameters into a module's `__dict__` (which
+wins over its parameters) while the nearest called module around it runs, for weights that are read without a call and
+for base tensors that an adapter trains as copies. The base keeps its class, its keys and its parameters.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptsuite.errors import nearest
+from adaptsuite.method import Method
+from adaptsuite.sites import Site, component_info, find_sites
+
+BANK = "adapter_bank"
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What branches may need beside the tokens of one forward; replaced, never changed in place."""
+
+    token_mask: Tensor | None = None  # (B, T) bool, True where a token is real
+    features: Any = None  # another modality's features
+
+
+EMPTY = Context()
+
+
+class Adapter(nn.Module):
+    """One adapter: branches by site key, trained copies of base tensors by path with "/" for dots."""
+
+    def __init__(self, method: Method, sites: list[Site], head: tuple[str, ...]):
+        super().__init__()
+        self.method, self.head = method, head
+        self.sites = {s.key: s for s in sites}
+        self.branches = nn.ModuleDict()
+        self.tensors = nn.ParameterDict()
+        self.moved = nn.Module()  # buffers of modules that train, such as BatchNorm statistics
+        self.kinds: dict[str, str] = {}  # key of a held tensor -> adapter | norm | head
+        self.kept: dict[str, Tensor] | None = None  # the base's own values, where it is trained in place
+
+    def hold(self, root: nn.Module, path: str, param: str, kind: str) -> None:
+        """Trains a copy of a base parameter; absent parameters (bias=False) are passed over."""
+        value, key = root.get_submodule(path)._parameters[param], tensor_key(path, param)
+        if value is not None and key not in self.tensors:
+            self.tensors[key] = nn.Parameter(value.detach().clone())
+            self.kinds[key] = kind
+
+    def hold_buffer(self, root: nn.Module, path: str, name: str) -> None:
+        value = root.get_submodule(path)._buffers[name]
+        if value is not None and name not in root.get_submodule(path)._non_persistent_buffers_set:
+            self.moved.register_buffer(tensor_key(path, name), value.detach().clone())
+
+    def keep(self, root: nn.Module) -> None:
+        """Remembers every base tensor before they are trained in place."""
+        self.kept = {k: v.detach().clone() for k, v in base_state(root).items()}
+        base = [n for n, _ in root.named_parameters() if is_base(n)]
+        self.in_place_names = [n for n in base if tensor_key(n) not in self.tensors]
+
+    def num_trained(self) -> int:
+        return sum(p.numel() for p in self.parameters()) + len(self.kept or ())
+
+    def weight_branches(self) -> dict[tuple[str, str], list[tuple[Site, nn.Module]]]:
+        """(path, parameter name) -> the branches that change it."""
+        found: dict[tuple[str, str], list] = {}
+        for key, branch in self.branches.items():
+            if hasattr(branch, "delta"):
+                site = self.sites[key]
+                found.setdefault((site.path, site.weight), []).append((site, branch))
+        return found
+
+
+class Bank(nn.Module):
+    """All adapters of one host, and the hooks that make the active ones act."""
+
+    def __init__(self, root: nn.Module):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.active: list[str] = []
+        self.merged: str | None = None
+        self.context = EMPTY
+        self.resting: Context | None = None  # what to go back to when the backward that runs now has ended
+        self.called: set[str] = set()
+        self.hooks: list = []
+        self.__dict__["root"] = root  # not a submodule of its own submodule
+        self.flags = {n: p.requires_grad for n, p in root.named_parameters()}
+        self.nested = [m for m in root.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
+        for m in self.nested:  # the nested-tensor path reads weights past every hook
+            m.use_nested_tensor = False
+        self.training = root.training
+        root.add_module(BANK, self)
+        root.__dict__["train"] = self.train_host
+        self.fixed_hooks = [
+            root.register_load_state_dict_post_hook(self.forget_missing),
+            root.register_forward_hook(self.keep_context),
+            *(m.register_forward_hook(self.open_gradient) for m in _embeddings(root)),
+        ]
+
+    # ---- what acts
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Makes exactly these adapters act, in this order; the others are frozen (DDP needs that)."""
+        for n in names:
+            if n not in self.adapters:
+                raise LookupError(f"no adapter {n!r} on this model; {nearest(n, self.adapters)}")
+        self.active = list(names)
+        in_place = [a for n, a in self.adapters.items() if a.kept is not None and n in names]
+        trained = {n for a in in_place for n in a.in_place_names}
+        for n, p in self.root.named_parameters():
+            if is_base(n):
+                p.requires_grad_(n in trained)
+        for n, adapter in self.adapters.items():
+            adapter.requires_grad_(n in names)
+        self.wire()
+        self.root.train(self.training)
+
+    def wire(self) -> None:
+        """Places the hooks anew for the active adapters."""
+        if "torch._dynamo" in sys.modules:  # a graph compiled before would go on without these hooks, silently
+            torch._dynamo.reset()
+        for h in self.hooks:
+            h.remove()
+        self.hooks = []
+        ports: dict[str, Port] = {}
+        shadows: dict[str, Shadow] = {}
+        names = [n for n in self.active if n != self.merged]
+        for name in names:
+            adapter = self.adapters[name]
+            shadowed = set()
+            for key, branch in adapter.branches.items():
+                site = adapter.sites[key]
+                if self.acts_by_call(site, branch):
+                    ports.setdefault(site.path, Port(self)).add(name, site, branch)
+                else:
+                    shadowed.add((site.path, site.weight))
+            held = [split_key(k) for k in (*adapter.tensors, *adapter.moved._buffers)]
+            for path, param in (*sorted(shadowed), *held):
+                owner = self.owner(path)
+                changes = self.changes(path, param, names, shadow=True)
+                shadows.setdefault(owner, Shadow()).add(self.root.get_submodule(path), path, param, changes)
+        for path, shadow in shadows.items():
+            module = self.root.get_submodule(path)
+            self.hooks.append(module.register_forward_pre_hook(shadow.before))
+            self.hooks.append(module.register_forward_hook(shadow.after, always_call=True))
+        for path, port in ports.items():
+            for carrier in port.carriers():
+                module = self.root.get_submodule(carrier)
+                self.hooks.append(module.register_forward_pre_hook(port.catch, with_kwargs=True))
+            module = self.root.get_submodule(path)
+            self.hooks.append(module.register_forward_hook(port.after, with_kwargs=True))
+
+    def is_called(self, path: str) -> bool:
+        return path in self.called
+
+    def acts_by_call(self, site: Site, branch: nn.Module) -> bool:
+        """Whether a port serves this branch; otherwise a shadow of the weight does."""
+        plain = (
+            site.weight in (None, "weight") and site.layout != "conv"
+        )  # what the module returns is the weight's work
+        return plain and _has_forward(branch) and self.is_called(site.path)
+
+    def owner(self, path: str) -> str:
+        """The nearest module at or above `path` that is called: it is recomputed together with its weights."""
+        while path and not self.is_called(path):
+            path = path.rpartition(".")[0]
+        return path
+
+    def changes(self, path: str, param: str, names: Sequence[str], shadow: bool = False) -> list["Change"]:
+        """What these adapters do to one base tensor, in order: each one's copy first, then its deltas.
+
+        With shadow=True deltas that a port adds to the module's output are left out.
+        """
+        found: list[Change] = []
+        for adapter in (self.adapters[n] for n in names):
+            key = tensor_key(path, param)
+            if key in adapter.tensors or key in adapter.moved._buffers:
+                found.append((adapter, key))
+            for site, branch in adapter.weight_branches().get((path, param), ()):
+                if not (shadow and self.acts_by_call(site, branch)):
+                    found.append((site, branch))
+        return found
+
+    # ---- what the host does meanwhile
+
+    def train_host(self, mode: bool = True) -> nn.Module:
+        """`train` of the root: adapters and heads follow; the frozen base keeps its dropout and statistics off."""
+        live = {id(m) for m in self.modules()}
+        if all(c.prefix for c in component_info(self.root)):  # a task model around backbones is not frozen itself
+            live.add(id(self.root))
+        everything = False
+        for name in self.active:
+            adapter = self.adapters[name]
+            everything |= adapter.kept is not None
+            live |= {id(self.root.get_submodule(split_key(k)[0])) for k in adapter.moved._buffers}
+            live |= {id(m) for path in adapter.head for m in self.root.get_submodule(path).modules()}
+        for m in self.root.modules():
+            m.training = mode and (everything or id(m) in live or _checkpoints(m))
+        return self.root
+
+    def open_gradient(self, module: nn.Module, args, output):
+        """Reentrant checkpointing drops all gradients below an input that needs none: make the embedding need one."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        flags = ("grad_checkpointing", "gradient_checkpointing")
+        if any(getattr(m, flag, False) for m in self.root.modules() for flag in flags):
+            for t in tensors_in(output):
+                if t.is_floating_point() and not t.requires_grad:
+                    t.requires_grad_(True)
+
+    def keep_context(self, module: nn.Module, args, output) -> None:
+        """Backward may recompute blocks after another forward has set another context: restore this forward's."""
+        context = self.context
+        if context is EMPTY or torch.compiler.is_compiling():
+            return
+
+        def restore(grad):
+            if self.resting is None:
+                self.resting = self.context
+                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            self.context = context
+
+        for t in tensors_in(output):
+            if t.requires_grad:
+                t.register_hook(restore)
+
+    def end_backward(self) -> None:
+        self.context, self.resting = self.resting, None
+
+    def forget_missing(self, module: nn.Module, incompatible) -> None:
+        """A checkpoint of the plain backbone loads strictly on an adapted host; adapters load by `load_adapter`."""
+        missing = incompatible.missing_keys
+        if any(is_base(k) for k in missing) or missing == []:
+            return
+        missing[:] = [k for k in missing if is_base(k)]
+
+    def release(self) -> None:
+        """Takes everything off the root; the base is as it was, bit by bit."""
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        for h in (*self.hooks, *self.fixed_hooks):
+            h.remove()
+        for m in self.nested:
+            m.use_nested_tensor = True
+        training = self.training
+        del self.root._modules[BANK], self.root.__dict__["train"]
+        for n, p in self.root.named_parameters():
+            p.requires_grad_(self.flags.get(n, p.requires_grad))
+        self.root.train(training)
+
+
+class Port:
+    """Everything that active adapters do to what one module returns."""
+
+    def __init__(self, bank: Bank):
+        self.bank = bank
+        self.table: dict[str, list[tuple[Site, nn.Module]]] = {}
+        self.caught: Tensor | None = None
+
+    def add(self, name: str, site: Site, branch: nn.Module) -> None:
+        self.table.setdefault(name, []).append((site, branch))
+
+    def carriers(self) -> list[str]:
+        return list(dict.fromkeys(s.carrier[0] for rows in self.table.values() for s, _ in rows if s.carrier))
+
+    def catch(self, module: nn.Module, args, kwargs) -> None:
+        """Keeps the site's input on hosts whose residual sits inside the module around it (BERT)."""
+        site = next(s for rows in self.table.values() for s, _ in rows if s.carrier)
+        index = site.carrier[1]
+        self.caught = args[index] if len(args) > index else list(kwargs.values())[index - len(args)]
+
+    def after(self, module: nn.Module, args, kwargs, output):
+        y = first = _first(output)
+        for rows in self.table.values():
+            parts = []
+            for site, branch in rows:
+                x = self.caught if site.carrier else _first(args if args else tuple(kwargs.values()))
+                part = y if site.rows is None else y[..., site.rows[0] : site.rows[1]]
+                parts.append((site.rows, _run(branch, x, part, self.bank.context, site.batch_first)))
+            y = _join(y, parts)
+        self.caught = None
+        return _with_first(output, y) if y is not first else None
+
+
+# (adapter, key of a tensor it holds) or (site, branch with a delta)
+Change = tuple[Adapter, str] | tuple[Site, nn.Module]
+
+
+class Shadow:
+    """Effective parameters, in their modules' `__dict__` only while the module around them runs."""
+
+    def __init__(self):
+        self.entries: dict[tuple[str, str], tuple[nn.Module, list[Change]]] = {}
+
+    def add(self, module: nn.Module, path: str, param: str, changes: list[Change]) -> None:
+        self.entries[path, param] = (module, changes)
+
+    def before(self, module: nn.Module, args) -> None:
+        for (_, param), (target, changes) in self.entries.items():
+            target.__dict__[param] = effective(target, param, changes)
+
+    def after(self, module: nn.Module, args, output) -> None:
+        for (_, param), (target, _) in self.entries.items():
+            target.__dict__.pop(param, None)
+
+
+def effective(module: nn.Module, param: str, changes: list[Change]) -> Tensor:
+    """The value of a base tensor under these changes, in the base's dtype."""
+    value = module._parameters[param] if param in module._parameters else module._buffers[param]
+    for holder, change in changes:
+        if isinstance(holder, Site):
+            value = _add_delta(value, change.delta(), holder)
+        elif change in holder.tensors:
+            value = holder.tensors[change].to(value.dtype)
+        else:
+            value = holder.moved._buffers[change]
+    return value
+
+
+# ---- tensors of the base
+
+
+def get_bank(model: nn.Module) -> Bank:
+    bank = getattr(model, BANK, None)
+    if bank is None:
+        raise LookupError("this model has no adapters")
+    return bank
+
+
+def is_base(name: str) -> bool:
+    return not name.startswith(BANK + ".")
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """state_dict of the backbone alone, as it was before `attach`: for saving it beside its adapters."""
+    return {k: v for k, v in model.state_dict().items() if is_base(k)}
+
+
+def copy_base(model: nn.Module, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for k, v in base_state(model).items():
+            v.copy_(state[k])
+
+
+def tensor_key(path: str, param: str = "") -> str:
+    return ".".join(p for p in (path, param) if p).replace(".", "/")
+
+
+def split_key(key: str) -> tuple[str, str]:
+    path, _, param = key.replace("/", ".").rpartition(".")
+    return path, param
+
+
+def _add_delta(weight: Tensor, delta: Tensor, site: Site) -> Tensor:
+    """weight + delta in the weight's own layout and dtype; delta is (dim_out, dim), for the site's rows only."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    if site.layout == "conv1d":
+        delta = delta.T
+    elif site.layout == "conv":
+        delta = delta.reshape(-1, *weight.shape[1:])
+    if site.rows is not None:
+        start, stop = site.rows
+        total = weight.shape[1] if site.layout == "conv1d" else weight.shape[0]
+        # F.pad counts from the last dimension: output rows are the last one in Conv1D and the first one elsewhere
+        others = 0 if site.layout == "conv1d" else delta.ndim - 1
+        delta = nn.functional.pad(delta, [0, 0] * others + [start, total - stop])
+    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+
+# ---- what modules get and give
+
+
+def _has_forward(branch: nn.Module) -> bool:
+    return "forward" in type(branch).__dict__ or type(branch).forward is not nn.Module.forward
+
+
+def _run(branch: nn.Module, x: Tensor, y: Tensor, context: Context, batch_first: bool) -> Tensor:
+    """branch(x, y) with tokens as (B, T, D), in the branch's own precision unless autocast chooses one."""
+    dtype = y.dtype
+    if not batch_first and y.ndim == 3:
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+    own = next((p.dtype for p in branch.parameters()), dtype)
+    if own != dtype and not torch.is_autocast_enabled(y.device.type):
+        x, y = x.to(own), y.to(own)
+    out = branch(x, y, context).to(dtype)
+    return out.transpose(0, 1) if not batch_first and out.ndim == 3 else out
+
+
+def _join(y: Tensor, parts: list[tuple[tuple[int, int] | None, Tensor]]) -> Tensor:
+    """Puts the changed parts of a fused output into their places, by one concatenation."""
+    if len(parts) == 1 and parts[0][0] is None:
+        return parts[0][1]
+    pieces, at = [], 0
+    for rows, part in sorted(parts, key=lambda p: p[0]):
+        pieces += [y[..., at : rows[0]], part] if rows[0] > at else [part]
+        at = rows[1]
+    return torch.cat([*pieces, y[..., at:]] if at < y.shape[-1] else pieces, dim=-1)
+
+
+def _first(output) -> Tensor:
+    """The tokens among what a module got or gave: itself, the first of a tuple, the first value of a mapping."""
+    if isinstance(output, Tensor):
+        return output
+    return _first(next(iter(output.values())) if hasattr(output, "values") else output[0])
+
+
+def _with_first(output, y: Tensor):
+    if isinstance(output, Tensor):
+        return y
+    if hasattr(output, "values"):
+        output[next(iter(output))] = y
+        return output
+    return type(output)((_with_first(output[0], y), *output[1:]))
+
+
+def tensors_in(output) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from tensors_in(item)
+    elif hasattr(output, "values"):
+        yield from tensors_in(tuple(output.values()))
+
+
+def _embeddings(root: nn.Module) -> list[nn.Module]:
+    """Modules whose output enters the first block: patch embeddings, token embeddings."""
+    try:
+        found = [root.get_submodule(s.path) for s in find_sites(root, "patch_embed")]
+    except LookupError:
+        found = []
+    get = getattr(root, "get_input_embeddings", None)
+    with contextlib.suppress(Exception):  # some transformers classes have the method and no embeddings
+        found += [get()] if get and isinstance(get(), nn.Module) else []
+    return found
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """transformers checkpoints a layer only while the layer itself is in training mode."""
+    return getattr(module, "gradient_checkpointing", False) is True and any(
+        c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__
+    )

@@ -1,0 +1,124 @@
+"""What a method is: a frozen dataclass of settings, registered by name, that builds one branch for one site."""
+
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from adaptsuite.errors import UsageError, nearest
+from adaptsuite.sites import Site
+
+Placement = Literal["parallel", "sequential"]
+DOMAINS = ("audio", "vision", "medical", "vl")
+
+_registry: dict[str, type["Method"]] = {}
+_imported: set[str] = set()
+
+
+class Method:
+    """Settings of one method and the promises it makes; subclasses are frozen dataclasses with a field `sites`.
+
+    A branch is a module with `forward(x, y, context) -> new y` (x: the site's input, y: its output), or `delta()`, the
+    change of the site's weight (dim_out, dim), or both. Only a branch with `delta` can live on a weight that the host
+    reads without calling its module, and only such a branch can be merged.
+    """
+
+    name: ClassVar[str]
+    sites: tuple[str, ...] = ()
+    identity_at_start: bool = True  # the adapted host equals the backbone before training
+    mergeable: bool | str = True  # True, or the reason why not
+    norms: tuple[str, ...] = ("final",)  # norms trained too where a domain asks for it: final, beside
+    needs_head: bool = False  # without a `head=` the host's own head is trained
+    in_place: bool = False  # trains the base tensors themselves; cannot be combined
+
+    def build(self, site: Site) -> nn.Module | None:
+        """The branch of one site, or None where the method only trains base tensors."""
+        return None
+
+    def base(self, site: Site, module: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of the site's module that are trained as copies held in the bank."""
+        return ()
+
+    def shared(self, sites: list[Site]) -> nn.Module | None:
+        """Factors that several sites share; when there are any, `build(site, shared)` receives them."""
+        return None
+
+    def regulariser(self, handle) -> Tensor | None:
+        """A term that the trainer adds to the loss, or None."""
+        return None
+
+    def on_step(self, step: int, optimizer, handle) -> None:
+        """Called after each optimiser step: rank allocation, growth, resampling."""
+
+    def check(self) -> None:
+        """Raises UsageError for settings that cannot be; called by `resolve` and by `attach`."""
+
+
+def register(name: str):
+    """Class decorator that makes a method reachable by `name`; a second class under the same name is an error."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        if not (is_dataclass(cls) and cls.__dataclass_params__.frozen and issubclass(cls, Method)):
+            raise TypeError(f"method {name!r}: {cls.__name__} must be a frozen dataclass derived from Method")
+        known = _registry.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"method {name!r} is registered by {known.__module__} already")
+        cls.name = name
+        _registry[name] = cls
+        return cls
+
+    return add
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under `name`, whose address tells the folder: `lora` (suite), `audio.soft_moa` (audio).
+
+    Raises UsageError with the nearest names.
+    """
+    if name not in _registry:
+        domain = name.partition(".")[0] if "." in name else ""
+        if domain and domain not in DOMAINS:
+            raise UsageError(f"method {name!r}: no domain {domain!r}; {nearest(domain, DOMAINS)}")
+        _import_methods(f"adaptsuite.{domain}" if domain else "adaptsuite")
+    if name not in _registry:
+        raise UsageError(f"method {name!r} is unknown; {nearest(name, methods())}")
+    return _registry[name]
+
+
+def resolve(name: str, **settings: Any) -> Method:
+    """The method with these settings. Raises UsageError for an unknown name, an unknown setting or a bad value."""
+    cls = method_class(name)
+    known = {f.name for f in fields(cls)}
+    for key in settings:
+        if key not in known:
+            raise UsageError(f"method {name!r} has no setting {key!r}; {nearest(key, known)}")
+    if isinstance(settings.get("sites"), str):
+        settings["sites"] = (settings["sites"],)
+    if "sites" in settings:
+        settings["sites"] = tuple(settings["sites"])
+    method = cls(**settings)
+    method.check()
+    return method
+
+
+def methods(domains: Iterable[str] = DOMAINS) -> list[str]:
+    """Names of all registered methods of suite/ and of the given domains."""
+    for package in ("adaptsuite", *(f"adaptsuite.{d}" for d in domains)):
+        _import_methods(package)
+    return sorted(name for name in _registry if "." not in name or name.partition(".")[0] in domains)
+
+
+def _import_methods(package: str) -> None:
+    """Imports the files of a folder that register a method, once; other files may be slow or need extras."""
+    if package in _imported:
+        return
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__, package + "."):
+        spec = importlib.util.find_spec(info.name) if not info.ispkg else None
+        if spec and spec.origin and "\n@register(" in Path(spec.origin).read_text(encoding="utf-8"):
+            importlib.import_module(info.name)
+    _imported.add(package)

@@ -1,0 +1,1 @@
+"""Vision domain of adaptsuite."""

@@ -1,0 +1,1 @@
+"""Vision-language domain of adaptsuite."""
