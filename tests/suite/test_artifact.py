@@ -569,6 +569,20 @@ def test_large_statistics_are_no_damage(tmp_path):
         handle.save(tmp_path / "other")
 
 
+def test_an_infinite_mask_of_a_base_that_was_trained_whole_is_no_damage(tmp_path):
+    def masked():
+        model = vit()
+        model.register_buffer("mask", torch.full((3,), float("-inf")))
+        return model
+
+    handle = attach(masked(), "full")
+    folder = handle.save(tmp_path / "adapter")
+    load_adapter(masked(), folder)
+    handle.trained()["base.norm/weight"].data.fill_(float("inf"))
+    with pytest.raises(AdapterError, match="base.norm/weight holds Inf"):
+        handle.save(tmp_path / "other")
+
+
 # ---- hostile files
 
 

@@ -1,0 +1,103 @@
+"""`adapt`: one command, a sub-command for each domain. No torch is imported before a command runs."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+import adaptsuite
+from adaptsuite.errors import nearest
+
+COMMANDS = ("audio",)  # domains that have commands
+
+app = typer.Typer(
+    name="adapt",
+    help="Fit pretrained foundation models to one domain with adapters of a few megabytes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"adaptsuite {adaptsuite.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Fit pretrained foundation models to one domain with adapters of a few megabytes."""
+
+
+@app.command()
+def demo(
+    out: str = typer.Option("runs/demo", help="Folder of the reports."),
+) -> None:
+    """Adapt the embedded backbones to generated data: no network, no files of yours, three minutes."""
+    for domain in COMMANDS:
+        importlib.import_module(f"adaptsuite.{domain}.demo").run(out)
+
+
+for _domain in COMMANDS:
+    app.add_typer(importlib.import_module(f"adaptsuite.{_domain}.cli").app, name=_domain)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    0 ok, 1 the work failed, 2 usage, 3 data, 4 adapter and base do not fit, 5 resource, 130 interrupted. What a user
+    did wrong is one line on stderr; with ADAPTSUITE_DEBUG=1 the traceback is shown instead.
+    """
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(list(sys.argv[1:] if arguments is None else arguments), "adapt", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output has gone: nothing is wrong here
+        sys.stdout = open(os.devnull, "w")
+        return 0
+    except MemoryError as e:
+        return _fail(f"out of memory: {e}", 5)
+    except Exception as e:
+        if os.environ.get("ADAPTSUITE_DEBUG"):
+            raise
+        if type(e).__name__ == "NoArgsIsHelpError":  # its message is the help itself
+            typer.echo(e.format_message())
+            return 2
+        if hasattr(e, "format_message"):  # typer's own: a wrong option, a missing argument
+            return _fail(_usage(e), 2)
+        if type(e).__name__ == "Abort":
+            return _fail("interrupted", 130)
+        if hasattr(e, "exit_code"):
+            return _fail(str(e), e.exit_code)
+        if isinstance(e, LookupError) and e.args and isinstance(e.args[0], str):  # a role or name that a model lacks
+            return _fail(e.args[0], 2)
+        if isinstance(e, OSError):
+            return _fail(f"{e.filename or 'file system'}: {e.strerror or e}", 5)
+        return _fail(f"failed: {type(e).__name__}: {e} (ADAPTSUITE_DEBUG=1 shows where)", 1)
+
+
+def _usage(error) -> str:
+    """typer's message on one line, with the nearest options of the command where an option is unknown."""
+    message = " ".join(error.format_message().split())
+    name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if name and context is not None and "No such option" in message:
+        options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+        message = f"no option {name} in {context.command_path}; {nearest(name, options)}"
+    return message
+
+
+def _fail(message: str, code: int) -> int:
+    """One line, whatever the message holds."""
+    print("adapt: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""The verbs that every domain has: info, check, budget, train, evaluate, predict, report, doctor.
+
+`domain_app("audio", ...)` makes a typer application of them. Options mean the same in all domains. Human lines go to
+stdout, or to stderr under --json, where stdout holds one JSON object.
+"""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adaptsuite.errors import DataError, UsageError
+
+Data = Annotated[str | None, typer.Option("--data", help="CSV with path,label, its folder, or a folder of classes.")]
+Backbone = Annotated[
+    str | None, typer.Option("--backbone", help="SOURCE:NAME, a path after hf: or file:, or an alias.")
+]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="The architecture alone, seeded.")]
+Method = Annotated[str | None, typer.Option("--method", help="lora, bottleneck, ... or DOMAIN.NAME.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value: a method's setting, or SECTION.key of the recipe.")
+]
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A recipe's file or the name of a shipped one.")]
+Test = Annotated[str | None, typer.Option("--test", help="COLUMN=VALUE[,VALUE]: rows held back to the end.")]
+Val = Annotated[str | None, typer.Option("--val", help="COLUMN=VALUE or none: rows that pick the best epoch.")]
+Cv = Annotated[str | None, typer.Option("--cv", help="COLUMN: one fold for each of its values.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", help="Seed of splits, starts and order (several: --set seeds=0,1).")
+]
+Epochs = Annotated[int | None, typer.Option("--epochs")]
+Lr = Annotated[float | None, typer.Option("--lr", help="Largest learning rate.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; human lines go to stderr.")]
+AdapterFolder = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or its run's.")]
+
+
+class Console:
+    """Where results and remarks go."""
+
+    def __init__(self, as_json: bool):
+        self.as_json = as_json
+        self.silent = os.environ.get("RANK", "0") != "0"  # one process speaks for all of torchrun's
+
+    def say(self, *lines: str) -> None:
+        if self.silent:
+            return
+        for line in lines:
+            print(line, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+    def warn(self, line: str) -> None:
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+
+    def result(self, value: dict[str, Any]) -> None:
+        if self.as_json and not self.silent:
+            print(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain))
+
+
+def _plain(value: Any):
+    """numpy numbers and arrays, tuples, paths."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return str(value)
+
+
+def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
+    """The verbs of one domain. size: (option, dotted recipe field, help) of the input's size, as `--frames`."""
+    app = typer.Typer(name=name, help=help, no_args_is_help=True, pretty_exceptions_enable=False)
+    Size = Annotated[int | None, typer.Option(size[0], help=size[2])]
+
+    def domain():
+        return importlib.import_module(f"adaptsuite.{name}.pipeline").DOMAIN
+
+    def recipe(options: dict[str, Any]):
+        return read_recipe(domain(), {**options, "size": (size[1], options.pop("size", None))})
+
+    @app.command()
+    def info(
+        backbone: Backbone = None, random_weights: RandomWeights = False, size: Size = None, as_json: Json = False
+    ) -> None:
+        """List methods, recipes and backbones; with --backbone, what that one is and where adapters can go."""
+        from adaptsuite.inspection import backbone_info, domain_info
+
+        console = Console(as_json)
+        if backbone is None:
+            lines, found = domain_info(domain())
+        else:
+            lines, found = backbone_info(domain(), recipe(dict(locals(), method="linear")))
+        console.say(*lines)
+        console.result(found)
+
+    @app.command()
+    def check(
+        data: Data = None,
+        setting: Setting = None,
+        recipe_name: RecipeName = None,
+        test: Test = None,
+        val: Val = None,
+        cv: Cv = None,
+        seed: Seed = None,
+        as_json: Json = False,
+    ) -> None:
+        """Read every row and every file of a data set, and say what is wrong before anything is trained."""
+        from adaptsuite.inspection import check_data
+
+        console = Console(as_json)
+        lines, found = check_data(domain(), recipe(locals()))
+        console.say(*lines)
+        console.result(found)
+        if not found["ok"]:
+            raise DataError(found["problems"][0] if len(found["problems"]) == 1 else _several(found["problems"]))
+
+    @app.command()
+    def budget(
+        data: Data = None,
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        method: Method = None,
+        setting: Setting = None,
+        recipe_name: RecipeName = None,
+        batch_size: BatchSize = None,
+        size: Size = None,
+        as_json: Json = False,
+    ) -> None:
+        """Parameters, MACs, activation bytes and file size of a training, before it is run."""
+        from adaptsuite.budget import describe
+        from adaptsuite.experiment import budget_of
+
+        console = Console(as_json)
+        found = budget_of(domain(), recipe(locals()))
+        console.say(*describe(found))
+        for note in found.notes:
+            console.warn(note)
+        console.result(found.as_dict())
+
+    @app.command()
+    def doctor(
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        method: Method = None,
+        setting: Setting = None,
+        recipe_name: RecipeName = None,
+        seed: Seed = None,
+        size: Size = None,
+        as_json: Json = False,
+    ) -> None:
+        """Whether a method lives on a backbone: every trained tensor gets a gradient, train = eval = merged."""
+        from adaptsuite.inspection import examine
+
+        console = Console(as_json)
+        lines, found = examine(domain(), recipe(locals()))
+        console.say(*lines)
+        console.result(found)
+        if not found["ok"]:
+            raise UsageError("; ".join(found["problems"]))
+
+    @app.command()
+    def train(
+        data: Data = None,
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        method: Method = None,
+        setting: Setting = None,
+        recipe_name: RecipeName = None,
+        test: Test = None,
+        val: Val = None,
+        cv: Cv = None,
+        seed: Seed = None,
+        epochs: Epochs = None,
+        lr: Lr = None,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        size: Size = None,
+        out: Out = None,
+        dry_run: DryRun = False,
+        as_json: Json = False,
+    ) -> None:
+        """Fit an adapter, score it on rows it never saw, and write adapter, evidence and report to --out."""
+        from adaptsuite import experiment
+
+        console, wanted = Console(as_json), recipe(locals())
+        lines, plan = experiment.preview(domain(), wanted)
+        console.say(*lines)
+        if dry_run:
+            return console.result({"dry_run": True, **plan})
+        if out is None:
+            raise UsageError("--out is missing: the folder that gets the adapter and the report")
+        result = experiment.run(domain(), wanted, Path(out), console.say)
+        if experiment.is_main():
+            console.say(*experiment.summary(result))
+            console.result({k: v for k, v in result.items() if k != "row"})
+
+    @app.command()
+    def evaluate(
+        adapter: AdapterFolder,
+        data: Data = None,
+        test: Test = None,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        as_json: Json = False,
+    ) -> None:
+        """Score a saved adapter on labelled rows: those of --test, else those with split=test, else all."""
+        from adaptsuite import experiment
+
+        console = Console(as_json)
+        found = experiment.score_adapter(domain(), adapter_folder(adapter), _data(data), test, device, batch_size)
+        console.say(*experiment.summary(found.result))
+        console.result(found.result)
+
+    @app.command()
+    def predict(
+        adapter: AdapterFolder,
+        files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files or folders of them.")],
+        batch_size: BatchSize = None,
+        device: Device = None,
+        out: Annotated[str | None, typer.Option("--out", help="Also write the predictions to this CSV.")] = None,
+        as_json: Json = False,
+    ) -> None:
+        """Label files, or all files below folders."""
+        from adaptsuite import experiment
+
+        console = Console(as_json)
+        found = experiment.label_files(domain(), adapter_folder(adapter), files, device, batch_size)
+        for row in found["predictions"]:
+            best = sorted(row["scores"].items(), key=lambda item: -item[1])[:3]
+            console.say(f"{row['path']}\t{row['label']}\t" + "  ".join(f"{k} {v:.3f}" for k, v in best))
+        for row in found["skipped"]:
+            console.warn(f"skipped {row['reason']}")
+        if out is not None:
+            experiment.write_predictions(Path(out), found["predictions"])
+        console.result(found)
+        if not found["predictions"]:
+            raise DataError("no file could be read")
+
+    @app.command()
+    def report(
+        adapter: AdapterFolder,
+        data: Data = None,
+        test: Test = None,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        out: Out = None,
+        as_json: Json = False,
+    ) -> None:
+        """Write one HTML page of evidence on a saved adapter: on --data, else on its own run's test rows."""
+        from adaptsuite import experiment
+
+        console = Console(as_json)
+        folder = adapter_folder(adapter)
+        found = experiment.report_adapter(domain(), folder, data, test, device, batch_size, out)
+        console.say(f"report  {found['report']}")
+        console.result(found)
+
+    return app
+
+
+def read_recipe(domain, options: dict[str, Any]):
+    """The recipe that the options of a command make: file or shipped one, then options, then --set in their order."""
+    from adaptsuite.method import method_class
+    from adaptsuite.recipe import Recipe, load_recipe, with_settings
+
+    name = options.get("recipe_name")
+    recipe = load_recipe(name, domain.name, domain.sections) if name else Recipe(domain=domain.name)
+    values = {
+        "backbone": options.get("backbone"),
+        "random_weights": options.get("random_weights") or None,
+        "method": options.get("method"),
+        "seeds": None if options.get("seed") is None else (options["seed"],),
+    }
+    recipe = _changed(recipe, values)
+    data = {"manifest": options.get("data"), **{k: options.get(k) for k in ("test", "val", "cv")}}
+    recipe = _changed(recipe, {"data": _changed(recipe.data, data)})
+    plan = {k: options.get(k) for k in ("epochs", "lr", "batch_size", "device")}
+    plan = {k: v for k, v in plan.items() if v is not None}
+    recipe = _changed(recipe, {"plan": {**recipe.plan, **plan}})
+    (section, _, field), value = options["size"][0].partition("."), options["size"][1]
+    if value is not None:
+        recipe = _changed(recipe, {section: {**getattr(recipe, section), field: value}})
+    fields = method_class(recipe.method) if recipe.method else None
+    return with_settings(recipe, options.get("setting") or (), fields, domain.sections)
+
+
+def _changed(value, changes: dict[str, Any]):
+    from dataclasses import replace
+
+    return replace(value, **{k: v for k, v in changes.items() if v is not None})
+
+
+def adapter_folder(path: str) -> Path:
+    """The adapter folder itself, or the one inside a run's folder."""
+    folder = Path(path)
+    return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder
+
+
+def _data(data: str | None) -> str:
+    if data is None:
+        raise UsageError("--data is missing: a CSV with path,label or a folder of classes")
+    return data
+
+
+def _several(problems: list[str]) -> str:
+    return f"{len(problems)} problems, the first: {problems[0]}"

@@ -1,0 +1,602 @@
+"""One experiment of any domain: table -> folds and seeds -> adapters -> pooled evidence -> run folder.
+
+A domain supplies what `Domain` lists; splits, seeds, intervals, artifacts and reports are the same for all.
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from adaptsuite import recipe as recipes
+from adaptsuite.artifact import load_adapter, read_adapter
+from adaptsuite.errors import AdapterError, DataError, UsageError
+from adaptsuite.evidence import Predictions
+from adaptsuite.host import Handle, attach
+from adaptsuite.manifest import Fold, Manifest, load_manifest, matching, split, write_csv
+from adaptsuite.method import method_class
+from adaptsuite.metrics import evaluate, prepare
+from adaptsuite.plan import Plan
+from adaptsuite.recipe import Recipe
+from adaptsuite.report import Run, comparison_row, read_run, write_run
+from adaptsuite.trainer import fit, predict_all
+from adaptsuite.verify import verify
+
+PROBE_C = 0.1  # inverse strength of the regularisation of a head's start
+HEAD = "head"  # where a domain's task model keeps its output layer
+
+
+class Domain(Protocol):
+    """What a domain gives to the commands; its task model is a root with a `head`, whose input is one batch."""
+
+    name: str
+    suffixes: tuple[str, ...]  # of its files
+    sections: dict[str, type]  # recipe section -> dataclass of its settings
+    train_norms: bool  # whether methods' norms train here
+    backbones: tuple[str, ...]  # names to try first
+
+    def defaults(self, method: str) -> dict[str, dict[str, Any]]:
+        """{"method_settings": ..., "plan": ...} of a method in this domain."""
+
+    def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
+        """The recipe with everything decided that the data decides, such as the input's length."""
+
+    def model(self, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+        """The task model on its backbone, without an adapter, in eval mode."""
+
+    def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None):
+        """Map-style dataset; `mean_by_row` joins the outputs of several items of one row."""
+
+    def task(self, recipe: Recipe, classes: Sequence[str]):
+        """Loss and scores (adaptsuite.trainer.Task), and `embed(model, batch)`: (B, D), what a linear head reads."""
+
+    def sample(self, model: nn.Module, batch: int = 2) -> Any:
+        """Arguments of one forward of the task model, for probe, doctor and budget."""
+
+    def look(self, path: Path) -> dict[str, Any]:
+        """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
+
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        """What `info` says of the model's input."""
+
+    def extra(self, handle: Handle, dataset) -> list[dict[str, Any]]:
+        """Sections of the report that only this domain has."""
+
+
+@dataclass
+class Outcome:
+    """One trained adapter and what it said of the rows it never saw."""
+
+    fold: Fold
+    seed: int
+    adapter: Path
+    handle: Handle
+    outputs: dict[str, np.ndarray]  # "val", "test": (rows, K) scores
+    params: dict[str, int]
+    fit: Any
+    seconds: float
+    metrics: dict[str, dict] = field(default_factory=dict)
+    extra: list[dict[str, Any]] = field(default_factory=list)  # the domain's own sections of the report
+
+
+def settle(domain: Domain, recipe: Recipe) -> tuple[Recipe, Manifest]:
+    """The recipe with all defaults written out, and its table. Raises DataError or UsageError before any work."""
+    if not recipe.data.manifest:
+        raise UsageError("no data: name a CSV or a folder of classes with --data")
+    manifest = load_manifest(recipe.data.manifest, recipe.data.task, suffixes=domain.suffixes)
+    return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+
+
+def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Recipe:
+    """Domain defaults below the recipe's own settings, then what the data decides, then every field written out."""
+    if not recipe.backbone:
+        raise UsageError(f"no backbone: name one with --backbone (adapt {domain.name} info lists them)")
+    if not recipe.method:
+        raise UsageError(f"no method: name one with --method (adapt {domain.name} info lists them)")
+    sections = {**domain.sections, "method_settings": method_class(recipe.method)}
+    given = domain.defaults(recipe.method)
+    recipe = replace(recipe, **{name: {**values, **getattr(recipe, name)} for name, values in given.items()})
+    return recipes.resolved(domain.settle(recipe, paths), sections)
+
+
+def adapt(domain: Domain, recipe: Recipe, classes: Sequence[str]) -> Handle:
+    """The task model of a settled recipe with a fresh adapter, all started from the recipe's first seed."""
+    import torch
+
+    torch.manual_seed(recipe.seeds[0])
+    model = domain.model(recipe, classes)
+    torch.manual_seed(recipe.seeds[0])
+    return attach(
+        model,
+        recipe.method,
+        sample=domain.sample(model),
+        train_norms=domain.train_norms,
+        head=HEAD,
+        **recipe.method_settings,
+    )
+
+
+def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[str], Any]:
+    """(handle, recipe, labels, record) of a saved adapter, its backbone loaded anew. Raises AdapterError."""
+    record = read_adapter(folder)
+    stored, labels = record.extra.get("recipe"), record.labels
+    if not stored or not labels:
+        raise AdapterError(
+            f"{folder}: saved outside the commands, without recipe and labels; take load_adapter in Python"
+        )
+    if stored.get("domain") != domain.name:
+        other = stored.get("domain")
+        raise AdapterError(f"{folder}: an adapter of domain {other!r}; use adapt {other} ...")
+    try:
+        recipe = recipes.from_dict(stored, domain.sections, f"{folder}/adapter.json")
+    except UsageError as e:
+        raise AdapterError(str(e)) from e
+    model = domain.model(recipe, labels)
+    return load_adapter(model, folder, sample=domain.sample(model)), recipe, list(labels), record
+
+
+def train_one(
+    domain: Domain, recipe: Recipe, manifest: Manifest, fold: Fold, seed: int, out: Path, datasets: "Parts"
+) -> Outcome:
+    """One adapter on one fold: doctor, fit, scores of the rows held out, adapter folder."""
+    start = time.perf_counter()
+    recipe = replace(recipe, seeds=(seed,))
+    plan = recipes.build(Plan, {**recipe.plan, "seed": seed}, "plan")
+    handle = adapt(domain, recipe, manifest.classes)
+    verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
+    task = domain.task(recipe, manifest.classes)
+    parts = {name: datasets.part(handle.model, getattr(fold, name)) for name in ("train", "val", "test")}
+    if recipe.head.get("start") == "probe":
+        start_head(handle, task, parts["train"], plan)
+    result = fit(handle.model, task, parts["train"], parts["val"], plan, out, handle)
+    outputs = {}
+    for name in ("val", "test"):
+        if parts[name] is not None:
+            raw, _ = predict_all(handle.model, task, parts[name], plan.batch_size, plan.device, workers=plan.workers)
+            outputs[name] = parts[name].mean_by_row(raw)
+    adapter = out / "adapter"
+    if is_main():
+        handle.save(
+            adapter,
+            labels=list(manifest.classes),
+            recipe=recipes.to_dict(replace(recipe, data=replace(recipe.data, manifest=""))),
+            recipe_hash=recipes.digest(recipe),
+            manifest_hash=manifest.digest,
+        )
+    seconds = time.perf_counter() - start
+    extra = domain.extra(handle, parts["test"] or parts["val"] or parts["train"])
+    return Outcome(fold, seed, adapter, handle, outputs, handle.parameters_count(), result, seconds, extra=extra)
+
+
+class _Embedding:
+    """A task whose outputs are what the head reads."""
+
+    def __init__(self, task):
+        self.task, self.target = task, task.target
+
+    def predict(self, model: nn.Module, batch: Any):
+        return self.task.embed(model, batch)
+
+
+def start_head(handle: Handle, task, dataset, plan: Plan) -> None:
+    """Starts a linear head as the logistic regression on frozen features: adapters need not unlearn a random one.
+
+    Kumar et al. 2022, arXiv:2202.10054: linear probing, then fine-tuning. Features are standardised for the regression
+    and the scaling is folded into the weights. A class without a training row keeps zero weights and a low bias.
+    """
+    import torch
+
+    features, targets = predict_all(handle.model, _Embedding(task), dataset, plan.batch_size, plan.device)
+    weight, bias = (handle.adapter.tensors[f"{HEAD}/{name}"] for name in ("weight", "bias"))
+    values = linear_probe(features, targets, len(bias))
+    with torch.no_grad():
+        for tensor, value in zip((weight, bias), values, strict=True):
+            tensor.copy_(torch.from_numpy(value).to(tensor))
+
+
+def linear_probe(features: np.ndarray, targets: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """weight (K, D) and bias (K,) of an l2-regularised logistic regression; one against rest for (N, K) targets."""
+    from sklearn.linear_model import LogisticRegression
+
+    mean, std = features.mean(0), features.std(0) + 1e-6
+    x, weight, bias = (features - mean) / std, np.zeros((num_classes, features.shape[1])), np.full(num_classes, -5.0)
+    regression = LogisticRegression(C=PROBE_C, max_iter=1000)
+    if targets.ndim == 1:
+        present = np.unique(targets)
+        regression.fit(x, targets)
+        both = len(present) == 2  # scikit-learn keeps one row for two classes
+        rows = np.concatenate([-regression.coef_, regression.coef_]) / 2 if both else regression.coef_
+        shift = np.concatenate([-regression.intercept_, regression.intercept_]) / 2 if both else regression.intercept_
+        weight[present], bias[present] = rows, shift
+    else:
+        for k in range(num_classes):
+            share = targets[:, k].mean()
+            if 0 < share < 1:
+                regression.fit(x, targets[:, k])
+                weight[k], bias[k] = regression.coef_[0], regression.intercept_[0]
+            elif share == 1:
+                bias[k] = 5.0
+    weight = weight / std
+    return weight, bias - weight @ mean
+
+
+class Parts:
+    """Datasets of row numbers; decoded files are shared by all folds and seeds of a run."""
+
+    def __init__(self, domain: Domain, manifest: Manifest):
+        self.domain, self.manifest = domain, manifest
+
+    def part(self, model: nn.Module, indices: np.ndarray):
+        if not len(indices):
+            return None
+        subset = self.manifest.subset(indices)
+        return self.domain.dataset(model, [r.path for r in subset.rows], subset.targets(self.manifest.classes))
+
+
+def train(
+    domain: Domain, recipe: Recipe, out: str | Path, say: Callable[[str], None] = lambda line: None
+) -> tuple[dict[str, Any], list[Outcome], Recipe, Manifest]:
+    """Every fold with every seed; (result as `adapt … train --json` prints it, outcomes, settled recipe, table)."""
+    start, out = time.perf_counter(), Path(out)
+    recipe, manifest = settle(domain, recipe)
+    data, parts, outcomes = recipe.data, Parts(domain, manifest), []
+    plans = [(seed, fold) for seed in recipe.seeds for fold in _folds(manifest, data, seed)]
+    for seed, fold in plans:
+        folder = out
+        if len(plans) > 1:
+            folder = out / "-".join([f"seed{seed}"] * (len(recipe.seeds) > 1) + [_safe(fold.name)] * bool(data.cv))
+            say(f"run    {folder.name}: {len(fold.train)} train, {len(fold.val)} val, {len(fold.test)} test rows")
+        outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts)
+        outcome.metrics = {name: _evaluate(manifest, getattr(fold, name), o) for name, o in outcome.outputs.items()}
+        outcomes.append(outcome)
+    metrics = {name: pooled(manifest, outcomes, name) for name in ("test", "val")}
+    metrics["folds"] = [
+        {
+            "name": o.fold.name,
+            "seed": o.seed,
+            **{name: {m: v["value"] for m, v in found.items()} for name, found in o.metrics.items()},
+            "best_epoch": o.fit.best_epoch,
+            "seconds": round(o.seconds, 2),
+        }
+        for o in outcomes
+    ]
+    adapters = [str(o.adapter) for o in outcomes]
+    result = {
+        "metrics": metrics,
+        "params": outcomes[0].params,
+        "adapter": adapters if len(adapters) > 1 or data.cv else adapters[0],
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    return result, outcomes, recipe, manifest
+
+
+def run(
+    domain: Domain,
+    recipe: Recipe,
+    out: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+    comparison: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """`train`, then the run folder with its report; the result as `adapt … train --json` prints it.
+
+    comparison: rows of other runs (`comparison_row`) that the report shows beside this one.
+    """
+    result, outcomes, recipe, manifest = train(domain, recipe, out, say)
+    if not is_main():
+        return result
+    part = "test" if result["metrics"]["test"] else "val"
+    seen = [o for o in outcomes if part in o.outputs]
+    indices = np.concatenate([getattr(o.fold, part) for o in seen])
+    names = [o.adapter.parent.name for o in seen for _ in o.outputs[part]] if len(outcomes) > 1 else None
+    page = Run(
+        title=f"{recipe.method} on {Path(recipe.data.manifest).parent.name or recipe.data.manifest}",
+        task=manifest.task,
+        labels=manifest.classes,
+        command=f"adapt {domain.name} train --recipe {Path(out) / 'recipe.toml'} --out NEW_FOLDER",
+        recipe=recipes.to_toml(recipe),
+        adapted=_adapted(recipe, outcomes[0].handle),
+        params=result["params"],
+        adapter_bytes=(outcomes[0].adapter / "adapter.safetensors").stat().st_size,
+        data=_data_card(manifest, outcomes),
+        metrics=result["metrics"],
+        curves=[
+            {"name": o.adapter.parent.name, "history": o.fit.history, "best_epoch": o.fit.best_epoch} for o in outcomes
+        ],
+        monitor=domain.task(recipe, manifest.classes).monitor,
+        predictions=_predictions(
+            manifest.subset(indices), manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names
+        ),
+        warnings=[*manifest.notes, *(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes))],
+        extra=outcomes[0].extra,
+        seeds=recipe.seeds,
+        seconds=result["seconds"],
+    )
+    row = comparison_row(page)
+    if comparison:
+        page = replace(page, comparison=[*comparison, row])
+    return {**result, "report": str(write_run(out, page)), "row": row}
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and speaks, under torchrun."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _predictions(subset: Manifest, labels: Sequence[str], outputs: np.ndarray, runs=None) -> Predictions:
+    return Predictions(
+        paths=[r.rel for r in subset.rows],
+        targets=subset.targets(labels),
+        probabilities=probabilities(outputs, subset.task),
+        groups=[r.group for r in subset.rows] if "group" in subset.columns else None,
+        runs=runs,
+    )
+
+
+def _adapted(recipe: Recipe, handle: Handle) -> dict[str, Any]:
+    roles = Counter(s.role for s in handle.sites)
+    return {
+        "backbone": recipe.backbone + (" (random weights)" if recipe.random_weights else ""),
+        "method": recipe.method,
+        "sites": ", ".join(f"{n} x {role}" for role, n in roles.items()) or "none",
+        **{k: v for k, v in recipe.method_settings.items() if k != "sites"},
+    }
+
+
+def _data_card(manifest: Manifest, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    sizes = {part: sorted({len(getattr(o.fold, part)) for o in outcomes}) for part in ("train", "val", "test")}
+    return {
+        "table": manifest.source.name,
+        "rows": len(manifest),
+        "classes": len(manifest.classes),
+        "groups": len(set(manifest.groups())) if "group" in manifest.columns else "every row its own",
+        **{f"{part} rows": " or ".join(map(str, n)) for part, n in sizes.items()},
+        "sha256": manifest.digest,
+    }
+
+
+def _folds(manifest: Manifest, data, seed: int) -> list[Fold]:
+    return split(manifest, data.test, data.val, data.cv, seed, data.shots)
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "fold"
+
+
+def _evaluate(manifest: Manifest, indices: np.ndarray, outputs: np.ndarray) -> dict[str, dict]:
+    subset = manifest.subset(indices)
+    return evaluate(outputs, subset.targets(manifest.classes), subset.groups(), manifest.task, classes=manifest.classes)
+
+
+def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:
+    """Metrics of all rows that a part had over folds and seeds together; with several seeds each one's range too.
+
+    Intervals resample the groups of the pooled predictions: a group counts once, however many seeds saw it.
+    """
+    seen = [o for o in outcomes if part in o.outputs]
+    if not seen:
+        return {}
+    rows = np.concatenate([getattr(o.fold, part) for o in seen])
+    metrics = _evaluate(manifest, rows, np.concatenate([o.outputs[part] for o in seen]))
+    seeds = sorted({o.seed for o in seen})
+    if len(seeds) > 1:
+        of_seed = []
+        for seed in seeds:
+            own = [o for o in seen if o.seed == seed]
+            indices = np.concatenate([getattr(o.fold, part) for o in own])
+            of_seed.append(_evaluate(manifest, indices, np.concatenate([o.outputs[part] for o in own])))
+        for name, found in metrics.items():
+            values = [m[name]["value"] for m in of_seed if m[name]["value"] is not None]
+            if values:
+                found |= {"value": float(np.mean(values)), "range": [min(values), max(values)], "seeds": len(values)}
+    return metrics
+
+
+@dataclass
+class Scored:
+    """An adapter on labelled rows."""
+
+    result: dict[str, Any]  # as `adapt … evaluate --json` prints it
+    handle: Handle
+    recipe: Recipe
+    labels: list[str]
+    subset: Manifest
+    outputs: np.ndarray
+    dataset: Any
+
+
+def score_adapter(
+    domain: Domain,
+    folder: str | Path,
+    data: str,
+    test: str | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+) -> Scored:
+    """Metrics of a saved adapter on the rows of `test`, else those with split=test, else all of the table."""
+    start = time.perf_counter()
+    handle, recipe, labels, _ = restore(domain, folder)
+    manifest = load_manifest(data, recipe.data.task, suffixes=domain.suffixes)
+    subset = manifest.subset(_test_rows(manifest, test))
+    dataset = domain.dataset(handle.model, [r.path for r in subset.rows], subset.targets(labels))
+    outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
+    metrics = evaluate(outputs, subset.targets(labels), subset.groups(), manifest.task, classes=labels)
+    result = {
+        "metrics": {"test": metrics},
+        "params": handle.parameters_count(),
+        "adapter": str(folder),
+        "rows": len(subset),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    return Scored(result, handle, recipe, labels, subset, outputs, dataset)
+
+
+def _outputs(domain, handle, recipe, labels, dataset, device, batch_size) -> np.ndarray:
+    plan = recipes.build(Plan, recipe.plan, "plan")
+    task = domain.task(recipe, labels)
+    raw, _ = predict_all(handle.model, task, dataset, batch_size or plan.batch_size, device or plan.device)
+    return dataset.mean_by_row(raw)
+
+
+def _test_rows(manifest: Manifest, test: str | None) -> np.ndarray:
+    if test is not None:
+        return matching(manifest, "--test", test).nonzero()[0]
+    official = [i for i, r in enumerate(manifest.rows) if r.extra.get("split") == "test"]
+    return np.array(official or range(len(manifest)))
+
+
+def report_adapter(
+    domain: Domain,
+    folder: Path,
+    data: str | None,
+    test: str | None,
+    device: str | None,
+    batch_size: int | None,
+    out: str | None,
+) -> dict[str, Any]:
+    """A page on a saved adapter: on a table, or its own run's page made anew from the run's files."""
+    if data is None:
+        return {"report": str(write_run(out or folder.parent, read_run(folder.parent)))}
+    scored = score_adapter(domain, folder, data, test, device, batch_size)
+    recipe, subset = scored.recipe, scored.subset
+    page = Run(
+        title=f"{recipe.method} on {Path(data).parent.name or data}",
+        task=subset.task,
+        labels=scored.labels,
+        command=f"adapt {domain.name} report {folder} --data {data}" + (f" --test {test}" if test else ""),
+        recipe=recipes.to_toml(recipe),
+        adapted=_adapted(recipe, scored.handle),
+        params=scored.result["params"],
+        adapter_bytes=(folder / "adapter.safetensors").stat().st_size,
+        data={"table": subset.source.name, "rows": len(subset), "sha256": subset.digest},
+        metrics=scored.result["metrics"],
+        predictions=_predictions(subset, scored.labels, scored.outputs),
+        extra=domain.extra(scored.handle, scored.dataset),
+        seeds=recipe.seeds,
+        seconds=scored.result["seconds"],
+    )
+    return {**scored.result, "report": str(write_run(out or folder.parent / "report", page))}
+
+
+def label_files(
+    domain: Domain, folder: str | Path, files: Sequence[str], device: str | None = None, batch_size: int | None = None
+) -> dict[str, Any]:
+    """{"predictions": [{"path", "label", "scores": {label: probability}}], "skipped": [{"path", "reason"}]}.
+
+    Folders are searched for files of the domain; a file that cannot be read is skipped and listed, not fatal.
+    """
+    paths, predictions, skipped = list(_expand(domain, files)), [], []
+    handle, recipe, labels, _ = restore(domain, folder)
+    good = []
+    for path in paths:
+        try:
+            domain.look(path)
+            good.append(path)
+        except DataError as e:
+            skipped.append({"path": str(path), "reason": str(e)})
+    if good:
+        dataset = domain.dataset(handle.model, good, None)
+        outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
+        for path, scores in zip(good, probabilities(outputs, recipe.data.task), strict=True):
+            named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
+            if recipe.data.task == "multilabel":
+                label = ";".join(k for k, v in named.items() if v >= 0.5)
+            else:
+                label = max(named, key=named.get)
+            predictions.append({"path": str(path), "label": label, "scores": named})
+    return {"predictions": predictions, "skipped": skipped}
+
+
+def _expand(domain: Domain, files: Sequence[str]):
+    for name in files:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in domain.suffixes and p.is_file())
+            if not found:
+                raise DataError(f"{path}: no {', '.join(domain.suffixes)} file below this folder")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise DataError(f"{path}: no such file or folder")
+
+
+def probabilities(outputs: np.ndarray, task: str) -> np.ndarray:
+    """(N, K) scores through the task's softmax or sigmoid."""
+    return prepare(
+        outputs, np.zeros(outputs.shape if task == "multilabel" else len(outputs), int), task, False
+    ).probabilities
+
+
+def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
+    """One row a file: path, label, and a column of scores for each label."""
+    write_csv(path, [{"path": p["path"], "label": p["label"], **p["scores"]} for p in predictions])
+
+
+def budget_of(domain: Domain, recipe: Recipe):
+    """What one training step would cost (adaptsuite.budget.Budget); with data, for its classes and input length."""
+    from adaptsuite.budget import budget
+
+    if recipe.data.manifest:
+        recipe, manifest = settle(domain, recipe)
+        classes: Sequence[str] = manifest.classes
+    else:
+        recipe, classes = complete(domain, recipe), ("a", "b")
+    model = domain.model(recipe, classes)
+    options = {"train_norms": domain.train_norms, "head": HEAD, **recipe.method_settings}
+    batch = recipes.build(Plan, recipe.plan, "plan").batch_size
+    return budget(model, recipe.method, domain.sample(model, batch), **options)
+
+
+def preview(domain: Domain, recipe: Recipe) -> tuple[list[str], dict[str, Any]]:
+    """What a training would do, parameters first: lines for a terminal and the same as a table."""
+    recipe, manifest = settle(domain, recipe)
+    folds = _folds(manifest, recipe.data, recipe.seeds[0])
+    handle = adapt(domain, recipe, manifest.classes)
+    c = handle.parameters_count()
+    share, roles = c["trained"] / c["total"], Counter(s.role for s in handle.sites)
+    where = " at " + ", ".join(f"{n} x {role}" for role, n in roles.items()) if roles else ""
+    lines = [
+        f"backbone  {recipe.backbone}  {(c['total'] - c['trained']) / 1e6:.2f} M frozen"
+        + ("  (random weights)" if recipe.random_weights else ""),
+        f"adapter   {recipe.method}  {c['trained'] / 1e6:.4f} M trainable ({share:.2%}, "
+        f"{c['trained_without_head']:,} without the head){where}",
+        f"data      {len(manifest)} rows, {len(manifest.classes)} classes, {len(set(manifest.groups()))} groups",
+    ]
+    for fold in folds:
+        lines.append(f"split     {fold.name}: {len(fold.train)} train, {len(fold.val)} val, {len(fold.test)} test")
+        lines += [f"note      {note}" for note in fold.notes]
+    lines += [f"note      {note}" for note in manifest.notes]
+    plan = {
+        "params": c,
+        "recipe": recipes.to_dict(recipe),
+        "splits": [{"name": f.name, **{p: len(getattr(f, p)) for p in ("train", "val", "test")}} for f in folds],
+    }
+    return lines, plan
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """The result of a training or an evaluation, one fact per line."""
+    lines = []
+    for part in ("test", "val"):
+        for name, found in result["metrics"].get(part, {}).items():
+            if found["value"] is not None:
+                interval = f"  [{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]" if found.get("ci") else ""
+                seeds = (
+                    f"  over {found['seeds']} seeds {found['range'][0]:.3f} to {found['range'][1]:.3f}"
+                    if "range" in found
+                    else ""
+                )
+                lines.append(f"{part:<5} {name:<18} {found['value']:.3f}{interval}{seeds}")
+    adapters = result["adapter"] if isinstance(result["adapter"], list) else [result["adapter"]]
+    for folder in adapters:
+        size = (Path(folder) / "adapter.safetensors").stat().st_size
+        lines.append(f"saved  {folder}  ({size / 1e6:.2f} MB)")
+    if "report" in result:
+        lines.append(f"report {result['report']}")
+    return lines

@@ -1,0 +1,136 @@
+"""What can be said before training: of a domain, of a backbone, of a data set, of a method on a backbone."""
+
+from collections import Counter
+from typing import Any
+
+from adaptsuite import recipe as recipes
+from adaptsuite.errors import DataError
+from adaptsuite.experiment import HEAD, Domain, adapt, complete
+from adaptsuite.manifest import load_manifest, split
+from adaptsuite.method import method_class, methods
+from adaptsuite.recipe import Recipe, shipped_recipes
+from adaptsuite.verify import verify
+
+Found = tuple[list[str], dict[str, Any]]  # lines for a terminal, and the same for --json
+
+
+def domain_info(domain: Domain) -> Found:
+    """Methods, backbones and recipes: {"domain", "methods": {name: summary}, "backbones", "recipes"}."""
+    known = {name: (method_class(name).__doc__ or "").strip().splitlines()[0] for name in methods((domain.name,))}
+    lines = [f"method    {name:<18} {text}" for name, text in known.items()]
+    lines += [f"backbone  {name}" for name in domain.backbones]
+    lines += [f"recipe    {name}" for name in shipped_recipes(domain.name)]
+    found = {
+        "domain": domain.name,
+        "methods": known,
+        "backbones": list(domain.backbones),
+        "recipes": shipped_recipes(domain.name),
+    }
+    return lines, found
+
+
+def backbone_info(domain: Domain, recipe: Recipe) -> Found:
+    """{"backbone", "parameters", "fingerprint", "sites": {role: count}, "shadow_sites", …}."""
+    from adaptsuite.identity import base_fingerprint
+    from adaptsuite.probe import called_modules
+    from adaptsuite.sites import find_sites, roles
+
+    recipe = complete(domain, recipe)
+    model = domain.model(recipe, ["a", "b"])
+    called, sites = called_modules(model, domain.sample(model)), roles(model)
+    unseen = sorted({s.role for role in sites for s in find_sites(model, role) if s.path not in called})
+    found = {
+        "backbone": recipe.backbone,
+        "random_weights": recipe.random_weights,
+        "parameters": sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{HEAD}.")),
+        "fingerprint": base_fingerprint(model, (HEAD,)),
+        "sites": sites,
+        "shadow_sites": unseen,
+        **domain.describe(model),
+    }
+    lines = [
+        f"backbone     {found['backbone']}  {found['parameters'] / 1e6:.2f} M parameters",
+        f"fingerprint  {found['fingerprint']}",
+        *(f"site         {role:<12} {count}" for role, count in sites.items()),
+        *(f"{key:<12} {value}" for key, value in domain.describe(model).items()),
+    ]
+    if unseen:
+        lines.append(f"read without a call: {', '.join(unseen)}")
+    return lines, found
+
+
+def check_data(domain: Domain, recipe: Recipe) -> Found:
+    """Every row, every file decoded, and the split that training would use.
+
+    {"ok", "rows", "classes": {label: count}, "groups", "splits", "problems": [...], "warnings": [...], "digest"}; a
+    table that cannot be read at all raises DataError.
+    """
+    data = recipe.data
+    manifest = load_manifest(data.manifest, data.task, suffixes=domain.suffixes)
+    problems, warnings, facts = [], list(manifest.notes), []
+    for row in manifest.rows:
+        try:
+            seen = domain.look(row.path)
+        except DataError as e:
+            problems.append(f"{manifest.where(row)}: {e}")
+            continue
+        warnings += [f"{manifest.where(row)}: {row.rel}: {remark}" for remark in seen.pop("remarks")]
+        facts.append(seen)
+    classes = Counter(label for row in manifest.rows for label in row.labels)
+    splits = []
+    try:
+        for fold in split(manifest, data.test, data.val, data.cv, recipe.seeds[0], data.shots):
+            splits.append({"name": fold.name, **{p: len(getattr(fold, p)) for p in ("train", "val", "test")}})
+            warnings += fold.notes
+    except DataError as e:
+        problems.append(str(e))
+    found = {
+        "ok": not problems,
+        "rows": len(manifest),
+        "classes": dict(sorted(classes.items())),
+        "groups": len(set(manifest.groups())),
+        "files": {key: _span([f[key] for f in facts]) for key in (facts[0] if facts else {})},
+        "splits": splits,
+        "problems": problems,
+        "warnings": warnings,
+        "digest": manifest.digest,
+    }
+    lines = [
+        f"rows      {found['rows']} in {found['groups']} groups, {len(classes)} classes",
+        *(f"class     {name:<24} {count}" for name, count in found["classes"].items()),
+        *(f"files     {key} {span['min']:g} to {span['max']:g}" for key, span in found["files"].items()),
+        *(f"split     {s['name']}: {s['train']} train, {s['val']} val, {s['test']} test" for s in splits),
+        *(f"warning   {text}" for text in warnings),
+        *(f"problem   {text}" for text in problems),
+    ]
+    return lines, found
+
+
+def _span(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "max": max(values)}
+
+
+def examine(domain: Domain, recipe: Recipe) -> Found:
+    """Liveness and promises of a fresh adapter (adaptsuite.verify.Verification as a dict), and what trains where."""
+    recipe = complete(domain, recipe)
+    handle = adapt(domain, recipe, ["a", "b", "c"])
+    found = verify(handle, domain.sample(handle.model), fresh=True)
+    counts = handle.parameters_count()
+    states = Counter(r["state"] for r in found.rows)
+    lines = [
+        f"adapter    {recipe.method} on {recipe.backbone}: {counts['trained_without_head']:,} values without the head",
+        *(f"component  {r['component']}: {r['trained']:,} trained, {r['frozen']:,} frozen" for r in handle.report()),
+        *(f"tensors    {count} {state}" for state, count in states.items()),
+        f"identity   differs by {found.identity:.1e} at the start"
+        + ("" if handle.method.identity_at_start else " (not promised)"),
+        "train=eval " + ("not comparable, by design" if found.train_eval is None else f"{found.train_eval:.1e}"),
+        "merged     " + (f"no: {found.merge_reason}" if found.merged is None else f"{found.merged:.1e}"),
+        *([f"shadow     {len(found.shadow_sites)} sites read without a call"] if found.shadow_sites else []),
+        "verdict    " + ("alive" if found.ok else "; ".join(found.problems)),
+    ]
+    return lines, {
+        **found.as_dict(),
+        "params": counts,
+        "components": handle.report(),
+        "recipe": recipes.to_dict(recipe),
+    }

@@ -1,0 +1,58 @@
+"""How a run is trained: the numbers that `fit` follows. Importing this needs no torch."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from adaptsuite.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of one training run; the effective batch is batch_size x accumulate on any number of processes."""
+
+    epochs: int = 20
+    lr: float = 1e-3
+    head_lr: float | None = None  # of the task head; None: lr
+    weight_decay: float = 0.05  # not on 1-D tensors: norms, biases, gates
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    batch_size: int = 32  # samples of one forward pass, all processes together
+    accumulate: int = 1  # forward passes per optimiser step
+    warmup: float = 0.1  # share of all steps, linear from zero
+    schedule: Literal["cosine", "constant"] = "cosine"
+    clip: float | None = 1.0  # largest norm of the gradient; None: no limit
+    patience: int | None = None  # epochs without a better monitor; None: never stop early
+    monitor: str | None = None  # validation metric that picks the best epoch; None: the task's
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    max_skips: int = 5  # non-finite steps in a row that are skipped before the run stops
+    workers: int = 0  # data processes
+    checkpoint_steps: int | None = None  # also a checkpoint every so many steps; None: at epoch ends
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("schedule", "device", "precision"):
+            value, choices = getattr(self, name), get_args(get_type_hints(Plan)[name])
+            if value not in choices:
+                raise UsageError(f"{name}={value!r} is not known; {nearest(str(value), choices)}")
+        for name in ("epochs", "batch_size", "accumulate", "patience", "checkpoint_steps"):
+            self._expect(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
+        for name in ("workers", "max_skips", "seed"):
+            self._expect(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
+        for name in ("lr", "head_lr", "eps", "clip"):
+            self._expect(name, lambda v: 0 < v < float("inf"), "a number above 0")
+        self._expect("weight_decay", lambda v: 0 <= v < float("inf"), "a number from 0")
+        self._expect("warmup", lambda v: 0 <= v < 1, "a share of the steps in [0, 1)")
+        self._expect("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+
+    def _expect(self, name: str, valid, what: str) -> None:
+        value = getattr(self, name)
+        if value is None and Plan.__dataclass_fields__[name].default is None or name == "clip" and value is None:
+            return
+        try:
+            fine = not isinstance(value, bool) and valid(value)
+        except TypeError:
+            fine = False
+        if not fine:
+            raise UsageError(f"{name}={value!r}: expected {what}")
