@@ -28,7 +28,7 @@ from adaptsuite.report import Run, comparison_row, read_run, write_run
 from adaptsuite.trainer import fit, predict_all
 from adaptsuite.verify import verify
 
-PROBE_C = 0.1  # inverse strength of the regularisation of a head's start
+PROBE_C = 0.02  # inverse strength of the regularisation of a head's start
 HEAD = "head"  # where a domain's task model keeps its output layer
 
 
