@@ -287,7 +287,7 @@ def _chunk(frames: int) -> int:
 
 
 def new_model(seed: int) -> nn.Module:
-    """A stock ASTModel; CLS, DIST and positions start from a normal, since transformers leaves them zero, hence equal."""
+    """A stock ASTModel whose CLS, DIST and positions start from a normal: transformers leaves them zero, so equal."""
     from transformers import ASTConfig, ASTModel
 
     torch.manual_seed(seed)
@@ -382,9 +382,11 @@ def save(model: nn.Module, history: list[dict], s: Settings, out: Path) -> dict:
     metadata = {"config": json.dumps(CONFIG), "front_end": json.dumps(FRONT_END), "licence": "Apache-2.0"}
     part = out / "audio-tiny.safetensors.part"
     save_file(state, part, metadata)
+    part.chmod(0o644)
     part.replace(out / "audio-tiny.safetensors")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    log = {"settings": asdict(s), "lengths": LENGTHS, "versions": versions, "history": history}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions["python"] = platform.python_version()
+    log = {"settings": asdict(s) | {"start": Path(s.start).name}, "lengths": LENGTHS, "versions": versions, "history": history}
     earlier = Path(s.start).with_name("log.json")
     if s.start and earlier.is_file():
         log["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """Generated sounds: random speech of a source-filter voice, and events of many kinds, from seeded latents.
 
-A latent says WHAT sounds (a sequence of phonemes; rates, envelopes, resonances, pitch movement). A render says HOW: voice
-or source size, pitch, tempo, timing, equaliser, room, noise, level. Two renders of one latent are a positive pair for
-contrastive learning, and the takes of one class in `make_dataset`.
+A latent says WHAT sounds (a sequence of phonemes; rates, envelopes, resonances, pitch movement). A render says HOW:
+voice or source size, pitch, tempo, timing, equaliser, room, noise, level. Two renders of one latent are a positive pair
+for contrastive learning, and the takes of one group in `make_dataset`.
 """
 
 import csv
@@ -71,8 +71,9 @@ class Latent:
 
 
 EVENT_AXES = (
-    "voiced noise impulse rate jitter attack decay sustain variety pitch glide arch vibrato_rate vibrato peak1 peak2 peak3 "
-    "gain2 gain3 width1 width2 width3 tilt sweep am_rate am slow_rate slow density echo second_level second_peak second_tilt"
+    "voiced noise impulse rate jitter attack decay sustain variety pitch glide arch vibrato_rate vibrato "
+    "peak1 peak2 peak3 gain2 gain3 width1 width2 width3 tilt sweep am_rate am slow_rate slow density echo "
+    "second_level second_peak second_tilt"
 ).split()
 TARGETS = len(EVENT_AXES) + 3 * NUM_PHONEMES
 
@@ -85,8 +86,9 @@ def sample_latent(rng: np.random.Generator, speech: float = 0.45, syllables: int
     u = dict(zip(EVENT_AXES, rng.uniform(-1, 1, len(EVENT_AXES)), strict=True))
     source = rng.dirichlet((0.35, 0.35, 0.25))  # most sounds have one clear kind of source
     u["voiced"], u["noise"], u["impulse"] = 2 * source - 1
-    for name, off in (("vibrato", 0.5), ("am", 0.55), ("slow", 0.6), ("glide", 0.3), ("sweep", 0.5), ("second_level", 0.5)):
-        if rng.random() < off:
+    absent = {"vibrato": 0.5, "am": 0.55, "slow": 0.6, "glide": 0.3, "sweep": 0.5, "second_level": 0.5}
+    for name, probability in absent.items():
+        if rng.random() < probability:
             u[name] = 0.0 if name in ("glide", "sweep") else -1.0
     if rng.random() < 0.3:
         u["sustain"] = 1.0  # never stops
@@ -277,8 +279,8 @@ def _clicks(u: dict[str, float], seconds: float, onsets: np.ndarray, rng: np.ran
         shower = rng.random(int(seconds * 5 * 60 ** (u["density"] * 1.6 - 0.6)) + 1) * seconds
         places = np.concatenate([places, shower]) if u["density"] < 0.7 else shower
     places = places[places < seconds - 0.01]
-    size = 12 * u["impulse"] * np.exp(rng.normal(0, 1, len(places)) * (0.1 + u["variety"])) * rng.choice([-1, 1], len(places))
-    return (places * RATE_HZ).astype(np.int64), size
+    size = 12 * u["impulse"] * np.exp(rng.normal(0, 1, len(places)) * (0.1 + u["variety"]))
+    return (places * RATE_HZ).astype(np.int64), size * rng.choice([-1, 1], len(places))
 
 
 def _lerp(at: np.ndarray, times: np.ndarray, knots: np.ndarray) -> np.ndarray:
@@ -301,7 +303,8 @@ def render(scenes: list[list[Source]], num_samples: int, rng: np.random.Generato
     sources = [s for scene in scenes for s in scene]
     owner = torch.tensor([i for i, scene in enumerate(scenes) for _ in scene])
     seed = torch.Generator().manual_seed(int(rng.integers(2**31)))
-    dry_sound = torch.zeros(len(scenes), num_samples).index_add_(0, owner, _excite_and_filter(sources, num_samples, seed))
+    sounds = _excite_and_filter(sources, num_samples, seed)
+    dry_sound = torch.zeros(len(scenes), num_samples).index_add_(0, owner, sounds)
     wave = dry_sound if dry else _record(dry_sound, rng, seed)
     ends = torch.tensor([scene[0].end for scene in scenes])
     wave = wave / wave.abs().amax(1, keepdim=True).clamp_min(1e-6)
@@ -358,9 +361,7 @@ def _record(wave: Tensor, rng: np.random.Generator, seed: torch.Generator) -> Te
         spectrum[wet] = spectrum[wet] * (1 + share * torch.fft.rfft(tail, size))
     freq = torch.linspace(0, 8000, spectrum.shape[1])
     octave = (freq.clamp_min(40) / 40).log2()  # 0 to 7.6
-    gains = torch.from_numpy(rng.normal(0, 5, (b, 9))).float() + torch.from_numpy(rng.normal(0, 1.2, (b, 1))).float() * (
-        torch.arange(9) - 4
-    )
+    gains = torch.from_numpy(rng.normal(0, 5, (b, 9)) + rng.normal(0, 1.2, (b, 1)) * (np.arange(9) - 4)).float()
     left = octave.floor().long()
     db = gains[:, left] * (1 - (octave - left)) + gains[:, left + 1] * (octave - left)
     low = torch.from_numpy(np.where(rng.random(b) < 0.4, rng.choice([3400, 4000, 4000, 5500], b), 20000)).float()

@@ -3,10 +3,11 @@
 A domain supplies what `Domain` lists; splits, seeds, intervals, artifacts and reports are the same for all.
 """
 
+import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,7 +91,20 @@ def settle(domain: Domain, recipe: Recipe) -> tuple[Recipe, Manifest]:
     if not recipe.data.manifest:
         raise UsageError("no data: name a CSV or a folder of classes with --data")
     manifest = load_manifest(recipe.data.manifest, recipe.data.task, suffixes=domain.suffixes)
-    return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+    with rows_named(manifest):
+        return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+
+
+@contextlib.contextmanager
+def rows_named(manifest: Manifest) -> Iterator[None]:
+    """Puts the table's line before a DataError that names one of its files."""
+    try:
+        yield
+    except DataError as e:
+        row = next((r for r in manifest.rows if str(e).startswith(f"{r.path}:")), None)
+        if row is None:
+            raise
+        raise DataError(f"{manifest.where(row)}: {e}") from e
 
 
 def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Recipe:
@@ -252,7 +266,8 @@ def train(
         if len(plans) > 1:
             folder = out / "-".join([f"seed{seed}"] * (len(recipe.seeds) > 1) + [_safe(fold.name)] * bool(data.cv))
             say(f"run    {folder.name}: {len(fold.train)} train, {len(fold.val)} val, {len(fold.test)} test rows")
-        outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts)
+        with rows_named(manifest):
+            outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts)
         outcome.metrics = {name: _evaluate(manifest, getattr(fold, name), o) for name, o in outcome.outputs.items()}
         outcomes.append(outcome)
     metrics = {name: pooled(manifest, outcomes, name) for name in ("test", "val")}

@@ -264,6 +264,23 @@ def test_bad_data_is_exit_3_with_file_and_row(adapt, data, tmp_path, kind, chang
     assert all(w in last for w in words), err
 
 
+@pytest.mark.parametrize("kind", ["header", "samples"])
+def test_training_names_the_row_of_a_file_it_cannot_read(adapt, backbone, data, tmp_path, kind):
+    """A broken header is seen at once, NaN samples only when they are read: both name file and row."""
+
+    def change(rows, folder):
+        path = folder / rows[4]["path"]
+        if kind == "header":
+            path.write_bytes(b"not a sound")
+        else:
+            soundfile.write(path, np.full(8000, np.nan, np.float32), RATE, subtype="FLOAT")
+
+    table = table_with(tmp_path, data, change)
+    options = ("--data", table, "--backbone", backbone, "--method", "lora", "--test", "fold=2", "--epochs", 1)
+    _, err = adapt("train", *options, "--val", "none", "--out", tmp_path / "x", code=3)
+    assert "manifest.csv line 6" in err.splitlines()[-1] and "low4.wav" in err.splitlines()[-1]
+
+
 def test_without_a_split_training_refuses(adapt, backbone, data, tmp_path):
     options = ("--data", data, "--backbone", backbone, "--method", "lora", "--out", tmp_path / "x")
     _, err = adapt("train", *options, code=3)

@@ -27,13 +27,9 @@ def wave():
 def test_equals_kaldis_filter_bank(wave, bins, low_hz, high_hz, window):
     from torchaudio.compliance import kaldi
 
-    expected = [
-        kaldi.fbank(
-            w[None], dither=0.0, num_mel_bins=bins, low_freq=low_hz, high_freq=high_hz, window_type=window, htk_compat=True
-        )
-        for w in wave
-    ]
-    assert_close(Fbank(bins, low_hz, high_hz, window)(wave), torch.stack(expected), atol=1e-5, rtol=0)
+    settings = {"num_mel_bins": bins, "low_freq": low_hz, "high_freq": high_hz, "window_type": window}
+    expected = torch.stack([kaldi.fbank(w[None], dither=0.0, htk_compat=True, **settings) for w in wave])
+    assert_close(Fbank(bins, low_hz, high_hz, window)(wave), expected, atol=1e-5, rtol=0)
 
 
 def test_equals_the_feature_extractor_that_ast_was_published_with(wave):

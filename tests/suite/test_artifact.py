@@ -320,7 +320,8 @@ def test_a_fingerprint_sees_names_shapes_dtypes_and_every_bit():
     assert fingerprint(dict(reversed(a.items()))) in seen
     turned = torch.arange(6.0).view(2, 3)
     assert fingerprint({"x": turned.T}) == fingerprint({"x": turned.T.contiguous()}) != fingerprint({"x": turned})
-    assert fingerprint({"x": torch.ones(2, dtype=torch.bfloat16)}) != fingerprint({"x": torch.ones(2).half()})
+    assert fingerprint({"x": torch.zeros(2)}) != fingerprint({"x": torch.zeros(2, dtype=torch.int32)})  # equal bytes
+    assert fingerprint({"x": torch.zeros(0)}) != fingerprint({})
 
 
 def test_the_fingerprint_is_the_backbones_whatever_is_attached():
