@@ -386,7 +386,8 @@ def save(model: nn.Module, history: list[dict], s: Settings, out: Path) -> dict:
     part.replace(out / "audio-tiny.safetensors")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     versions["python"] = platform.python_version()
-    log = {"settings": asdict(s) | {"start": Path(s.start).name}, "lengths": LENGTHS, "versions": versions, "history": history}
+    settings = asdict(s) | {"start": Path(s.start).name}
+    log = {"settings": settings, "lengths": LENGTHS, "versions": versions, "history": history}
     earlier = Path(s.start).with_name("log.json")
     if s.start and earlier.is_file():
         log["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
