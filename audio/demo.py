@@ -7,7 +7,7 @@ from adaptsuite import experiment
 from adaptsuite.recipe import Recipe, load_recipe
 
 METHODS = ("linear", "lora", "audio.soft_moa", "full")
-EPOCHS = {"linear": 12, "lora": 10, "audio.soft_moa": 10, "full": 8}
+EPOCHS = {"linear": 4, "lora": 6, "audio.soft_moa": 6, "full": 4}
 
 
 def run(out: str | Path, classes: int = 6, clips: int = 30, methods: tuple[str, ...] = METHODS) -> dict:
