@@ -338,9 +338,16 @@ def test_a_class_of_one_group_stays_in_training():
         group=lambda i: "r" if i in (7, 8) else str(i),
         t=lambda i: str(i > 50),
     )
-    for seed in range(5):
+    for seed in range(20):
         (fold,) = split(m, test="t=True", seed=seed)
         assert {7, 8} <= set(fold.train.tolist()) and len(fold.val)
+
+
+def test_a_group_too_large_for_validation_stays_in_training():
+    m = made(90, group=lambda i: "big" if i < 40 else f"g{i // 2}", t=lambda i: str(i >= 80))
+    for seed in range(10):
+        (fold,) = split(m, test="t=True", seed=seed)
+        assert set(range(40)) <= set(fold.train.tolist()) and len(fold.val) >= 4
 
 
 def test_validation_is_the_option_else_split_val_else_drawn():
@@ -509,6 +516,8 @@ def test_split_draws_shots_from_training_rows_only():
     m = made(90, fold=lambda i: str(i // 30))
     (fold,) = split(m, test="fold=2", shots=2)
     assert len(fold.train) == 6 and len(fold.val) >= 8 and not set(fold.train) & (set(fold.val) | set(fold.test))
+    draws = [split(m, test="fold=2", val="fold=1", shots=2, seed=seed)[0].train.tolist() for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
 
 
 # real tables
