@@ -42,7 +42,7 @@ class Progress:
             self.board.close()
 
     def start(self, step: int, notes: list[str], **facts: Any) -> None:
-        """Begins the log, or cuts it back to what the checkpoint at `step` knows; notes: of earlier sessions."""
+        """Begins the log, or cuts it back to what the checkpoint at `step` knows; notes: of earlier starts."""
         self.notes = list(dict.fromkeys(notes + self.notes))
         if self.log is None:
             return

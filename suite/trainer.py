@@ -73,7 +73,7 @@ class FitResult:
     best_epoch: int  # from 1
     best: dict[str, float | None]  # validation metrics of that epoch; empty without validation
     history: list[dict[str, Any]]  # per epoch: epoch, step, loss, lr, skipped, seconds, val {metric: value}
-    seconds: float  # all sessions of a resumed run together
+    seconds: float  # all starts of a resumed run together
     steps: int
     stopped: str  # "epochs" or "patience"
     skipped: int = 0  # steps with a non-finite loss or gradient
@@ -136,7 +136,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Tensor] = {}
         self.best_epoch = 0
-        self.seconds = self.epoch_seconds = 0.0  # of earlier sessions
+        self.seconds = self.epoch_seconds = 0.0  # of earlier starts
         self.started = self.epoch_started = time.perf_counter()
         self.interrupted = False
         self.steps = self._steps(0)

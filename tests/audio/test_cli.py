@@ -335,7 +335,7 @@ def test_an_unknown_label_in_new_data_names_the_row(adapt, trained, data, tmp_pa
 
 def test_a_gpu_that_is_not_there_is_exit_5(adapt, backbone, data, tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
+        pytest.skip("a GPU is there")
     options = ("--data", data, "--backbone", backbone, "--method", "lora", "--test", "fold=2", "--device", "cuda")
     _, err = adapt("train", *options, "--out", tmp_path / "x", code=5)
     assert "cuda" in err.splitlines()[-1]
