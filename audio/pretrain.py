@@ -388,7 +388,7 @@ def save(model: nn.Module, history: list[dict], s: Settings, out: Path) -> dict:
     versions["python"] = platform.python_version()
     settings = asdict(s) | {"start": Path(s.start).name}
     log = {"settings": settings, "lengths": LENGTHS, "versions": versions, "history": history}
-    if s.start and (earlier := Path(s.start).with_name("log.json")).is_file():
+    if s.start and (earlier := Path(s.start).parent / "log.json").is_file():
         log["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
     (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
     return log

@@ -611,7 +611,7 @@ def summary(result: dict[str, Any]) -> list[str]:
     adapters = result["adapter"] if isinstance(result["adapter"], list) else [result["adapter"]]
     for folder in adapters:
         size = (Path(folder) / "adapter.safetensors").stat().st_size
-        lines.append(f"saved  {folder}  ({size / 1e6:.2f} MB)")
+        lines.append(f"{'saved' if 'report' in result else 'adapter'}  {folder}  ({size / 1e6:.2f} MB)")
     if "report" in result:
         lines.append(f"report {result['report']}")
     return lines

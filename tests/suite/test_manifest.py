@@ -344,10 +344,10 @@ def test_a_class_of_one_group_stays_in_training():
 
 
 def test_a_group_too_large_for_validation_stays_in_training():
-    m = made(90, group=lambda i: "big" if i < 40 else f"g{i // 2}", t=lambda i: str(i >= 80))
+    m = made(90, group=lambda i: "big" if i < 30 else f"g{i // 3}", t=lambda i: str(i >= 81))
     for seed in range(10):
         (fold,) = split(m, test="t=True", seed=seed)
-        assert set(range(40)) <= set(fold.train.tolist()) and len(fold.val) >= 4
+        assert set(range(30)) <= set(fold.train.tolist()) and 0.07 < len(fold.val) / 81 < 0.2
 
 
 def test_validation_is_the_option_else_split_val_else_drawn():
@@ -475,10 +475,10 @@ def test_a_class_without_training_rows_is_told():
 
 
 def test_long_tables_are_split_in_seconds():
-    m = made(20_000, fold=lambda i: str(i % 2))
+    m = made(40_000, fold=lambda i: str(i % 2))
     start = time.process_time()
     split(m, test="fold=0")
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 5
 
 
 # few-shot
