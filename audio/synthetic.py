@@ -389,8 +389,7 @@ def make_dataset(
     seconds: float = 2.0,
     seed: int = 0,
     folds: int = 4,
-    spread: float = 0.2,
-    apart: int = 8,
+    spread: float = 0.35,
 ) -> Path:
     """WAV files of generated event sounds and their manifest.csv (path, label, group, fold), whose path is returned.
 
@@ -405,8 +404,7 @@ def make_dataset(
         label = f"sound{k}"
         (folder / label).mkdir(parents=True, exist_ok=True)
         if k % 2:
-            for _ in range(apart):
-                last = mutate(last, rng)
+            last = mutate(mutate(last, rng), rng)
         else:
             last = sample_latent(rng, speech=0.0)
         for clip in range(clips_per_class):
