@@ -165,7 +165,7 @@ class AudioTask:
         return model(batch["wave"], batch["length"], embedding=True)
 
     def score(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        return score(outputs, targets, self.task)
+        return score(outputs, targets, self.task, probabilities=False)
 
 
 def _roll(wave: Tensor) -> Tensor:

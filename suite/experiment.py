@@ -385,7 +385,14 @@ def _safe(name: str) -> str:
 
 def _evaluate(manifest: Manifest, indices: np.ndarray, outputs: np.ndarray) -> dict[str, dict]:
     subset = manifest.subset(indices)
-    return evaluate(outputs, subset.targets(manifest.classes), subset.groups(), manifest.task, classes=manifest.classes)
+    return evaluate(
+        outputs,
+        subset.targets(manifest.classes),
+        subset.groups(),
+        manifest.task,
+        classes=manifest.classes,
+        probabilities=False,
+    )
 
 
 def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:
@@ -440,7 +447,9 @@ def score_adapter(
     subset = manifest.subset(_test_rows(manifest, test))
     dataset = domain.dataset(handle.model, [r.path for r in subset.rows], subset.targets(labels))
     outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
-    metrics = evaluate(outputs, subset.targets(labels), subset.groups(), manifest.task, classes=labels)
+    metrics = evaluate(
+        outputs, subset.targets(labels), subset.groups(), manifest.task, classes=labels, probabilities=False
+    )
     result = {
         "metrics": {"test": metrics},
         "params": handle.parameters_count(),
