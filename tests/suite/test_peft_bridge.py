@@ -11,8 +11,10 @@ from torch import nn
 
 from adaptsuite.artifact import load_adapter
 from adaptsuite.errors import AdapterError, UsageError
-from adaptsuite.host import attach
+from adaptsuite.host import attach, place
+from adaptsuite.method import resolve
 from adaptsuite.peft_bridge import CONFIG, WEIGHTS, from_peft, to_peft
+from adaptsuite.sites import find_sites
 from adaptsuite.testing import HOSTS
 from adaptsuite.verify import _perturb
 
@@ -116,6 +118,19 @@ def test_peft_puts_its_modules_where_ours_are_and_nowhere_else(family, settings,
     model = peft.PeftModel.from_pretrained(model, to_peft(handle, tmp_path / "peft"), is_trainable=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == handle.parameters_count()["trained"]
+
+
+def test_one_tower_whose_names_end_the_others_is_written_alone(tmp_path):
+    host, twin, third = (HOSTS["open_clip"]() for _ in range(3))
+    text = [s for s in find_sites(host.model, "mlp.in") if s.component == "text"]
+    handle = place(host.model, resolve("lora", sites="mlp.in"), text, {}, sample=host.args)
+    _perturb(handle, seed=1)
+    folder = to_peft(handle, tmp_path / "peft")
+    model = peft.PeftModel.from_pretrained(twin.model, folder, is_trainable=True)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == handle.parameters_count()["trained"]
+    assert torch.equal(in_peft("open_clip", folder), output(host))
+    from_peft(third.model, folder, sample=third.args)
+    assert torch.equal(output(third), output(host))
 
 
 @pytest.mark.parametrize(
