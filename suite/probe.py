@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
 from adaptsuite.sites import example_input
@@ -25,10 +26,16 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """The model with tensors that have shapes and no values: a forward costs no arithmetic."""
     memo = {}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        memo[id(p)] = nn.Parameter(_meta(p), requires_grad=p.requires_grad)
     for b in model.buffers():
-        memo[id(b)] = torch.empty_like(b, device="meta")
+        memo[id(b)] = _meta(b)
     return copy.deepcopy(model, memo)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, FakeTensor):  # a plain one in its place: fake tensors on meta are twice as slow
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return torch.empty_like(tensor, device="meta")
 
 
 def called_modules(model: nn.Module, sample: Any = None) -> set[str]:
@@ -36,7 +43,7 @@ def called_modules(model: nn.Module, sample: Any = None) -> set[str]:
     args, kwargs = example_input(model) if sample is None else call_arguments(sample)
     try:
         shadow = meta_copy(model)
-        to_meta = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (args, kwargs))
+        to_meta = tree_map(lambda v: _meta(v) if isinstance(v, Tensor) else v, (args, kwargs))
         return _record_calls(shadow, *to_meta)
     except Exception:  # value-dependent control flow has no meta form
         return _record_calls(model, args, kwargs)
