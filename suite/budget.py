@@ -33,7 +33,7 @@ from adaptsuite.sites import component_info, example_input
 
 @dataclass(frozen=True)
 class Budget:
-    """Figures of one training step on one sample (a batch); `as_dict` is what `adapt <domain> budget --json` prints.
+    """Figures of one training step on one sample (a batch).
 
     activation_bytes is what autograd keeps for the backward pass: parameters and buffers are not in it, a storage with
     many views is in it once. peak_bytes is the most that a step allocates at once: activations, temporary tensors and

@@ -137,7 +137,8 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         console.say(*describe(found))
         for note in found.notes:
             console.warn(note)
-        console.result(found.as_dict())
+        counted = found.as_dict()  # MACs are compared by the item; the batch is a choice of the recipe
+        console.result({**counted, "macs": counted.pop("macs_per_item"), "macs_of_batch": counted["macs"]})
 
     @app.command()
     def doctor(
