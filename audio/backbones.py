@@ -74,12 +74,9 @@ def load(
 def set_frames(model: nn.Module, frames: int, zero: bool = False) -> None:
     """Makes an ASTModel accept (B, frames, F) inputs; its positions are cut or stretched along time, or zeroed."""
     config = model.config
-    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-    if frames < patch:
-        raise UsageError(f"frames is {frames}, one patch takes {patch}")
-    rows = (config.num_mel_bins - patch) // config.frequency_stride + 1
-    old = (rows, (config.max_length - patch) // config.time_stride + 1)
-    new = (rows, (frames - patch) // config.time_stride + 1)
+    if frames < config.patch_size:
+        raise UsageError(f"frames is {frames}, one patch takes {config.patch_size}")
+    old, new = grid(config, config.max_length), grid(config, frames)
     positions = model.embeddings.position_embeddings
     value = torch.zeros_like(positions) if zero else positions.detach()
     if new != old:
@@ -87,6 +84,12 @@ def set_frames(model: nn.Module, frames: int, zero: bool = False) -> None:
         model.adaptsuite_source.resized["embeddings.position_embeddings"] = list(value.shape)
     model.embeddings.position_embeddings = nn.Parameter(value.clone(), requires_grad=positions.requires_grad)
     config.max_length = frames
+
+
+def grid(config, frames: int) -> tuple[int, int]:
+    """(rows along frequency, columns along time) of the patches of an ASTConfig's input of `frames` frames."""
+    rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+    return rows, (frames - config.patch_size) // config.time_stride + 1
 
 
 def embedded(name: str, random_weights: bool = False) -> nn.Module:
@@ -102,7 +105,7 @@ def embedded(name: str, random_weights: bool = False) -> nn.Module:
     record = embedded_record(data)
     model = ASTModel(ASTConfig(**record["config"]))
     if random_weights:
-        _initialise_tokens(model)
+        initialise_tokens(model)
     else:
         state = read(data)
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
@@ -124,11 +127,11 @@ def _stock(name: str, architecture: dict, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ASTModel(ASTConfig(**architecture))
-        _initialise_tokens(model)
+        initialise_tokens(model)
     return bind(model, f"{name} (random weights, seed {seed})")
 
 
-def _initialise_tokens(model: nn.Module) -> None:
+def initialise_tokens(model: nn.Module) -> None:
     """transformers starts CLS, DIST and positions at zero: the two tokens would stay one, and order would be unseen."""
     for p in (model.embeddings.cls_token, model.embeddings.distillation_token, model.embeddings.position_embeddings):
         nn.init.trunc_normal_(p, std=0.02)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from adaptsuite import experiment
 from adaptsuite.recipe import Recipe, load_recipe
+from adaptsuite.report import comparison_row, read_run
 
 METHODS = ("linear", "lora", "audio.soft_moa", "full")
 EPOCHS = {"linear": 4, "lora": 6, "audio.soft_moa": 6, "full": 4}
@@ -24,8 +25,9 @@ def run(out: str | Path, classes: int = 6, clips: int = 30, methods: tuple[str, 
         recipe = shipped if method == shipped.method else Recipe("audio", shipped.backbone, method=method)
         data = replace(recipe.data, manifest=str(table), test="fold=4", val="fold=3")
         recipe = replace(recipe, data=data, plan={**recipe.plan, "epochs": EPOCHS[method], "batch_size": 16})
-        result = experiment.run(DOMAIN, recipe, folder / method, comparison=rows)
-        rows.append(result["row"])
+        settled, manifest = experiment.settle(DOMAIN, recipe)
+        result = experiment.run(DOMAIN, settled, manifest, folder / method, comparison=rows)
+        rows.append(comparison_row(read_run(folder / method)))
     print(f"\n{'method':<16} {'trained':>10}  accuracy [95 % interval]   seconds")
     for row in rows:
         low, high = row["accuracy"]["ci"]

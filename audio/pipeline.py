@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptsuite.audio.backbones import FrontEnd, load
+from adaptsuite.audio.backbones import FrontEnd, grid, load
 from adaptsuite.audio.data import SUFFIXES, Windows, inspect, survey
-from adaptsuite.audio.features import Fbank, normalise, spec_augment
+from adaptsuite.audio.features import FRAME, HOP, Fbank, gain, normalise, pad_frames, roll, spec_augment
 from adaptsuite.bank import BANK, Context
 from adaptsuite.errors import UsageError, nearest
 from adaptsuite.host import Handle
@@ -74,20 +74,18 @@ class AudioModel(nn.Module):
     @property
     def num_samples(self) -> int:
         """Samples of one input."""
-        return 400 + (self.front_end.frames - 1) * 160
+        return FRAME + (self.front_end.frames - 1) * HOP
 
     def features(self, wave: Tensor) -> Tensor:
         """(B, frames, F) normalised log-mel energies."""
-        x = self.fbank(wave)
-        x = F.pad(x, (0, 0, 0, self.front_end.frames - x.shape[1]), value=self.fbank.floor)
-        return normalise(x[:, : self.front_end.frames], self.front_end.mean, self.front_end.std)
+        x, _ = pad_frames(self.fbank(wave), self.front_end.frames, self.fbank.floor)
+        return normalise(x, self.front_end.mean, self.front_end.std)
 
     def token_mask(self, length: Tensor) -> Tensor:
         """(B, tokens) bool: CLS, DIST, then patches (frequency-major) of which at least half the frames are real."""
         config = self.backbone.config
-        rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-        columns = (self.front_end.frames - config.patch_size) // config.time_stride + 1
-        frames = (length - 400) // 160 + 1
+        rows, columns = grid(config, self.front_end.frames)
+        frames = (length - FRAME) // HOP + 1
         middle = torch.arange(columns, device=length.device) * config.time_stride + config.patch_size // 2
         real = (middle < frames[:, None]) | (torch.arange(columns, device=length.device) == 0)
         always = torch.ones(len(length), 2, dtype=torch.bool, device=length.device)
@@ -145,9 +143,9 @@ class AudioTask:
         target = batch["label"]
         target = F.one_hot(target, len(self.classes)).float() if self.task == "multiclass" else target.float()
         if a.gain_db:
-            wave = wave * 10 ** ((torch.rand(len(wave), 1, device=wave.device) * 2 - 1) * a.gain_db / 20)
+            wave = gain(wave, a.gain_db)
         if a.roll:
-            wave = _roll(wave)
+            wave = roll(wave)
         if a.mixup:
             share = float(np.random.beta(a.mixup, a.mixup))
             other = torch.randperm(len(wave), device=wave.device)
@@ -166,13 +164,6 @@ class AudioTask:
 
     def score(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         return score(outputs, targets, self.task, probabilities=False)
-
-
-def _roll(wave: Tensor) -> Tensor:
-    """Shifts every clip around by its own number of samples."""
-    shift = torch.randint(wave.shape[1], (len(wave), 1), device=wave.device)
-    index = (torch.arange(wave.shape[1], device=wave.device) + shift) % wave.shape[1]
-    return wave.gather(1, index)
 
 
 class AudioDomain:

@@ -9,7 +9,6 @@ read the latents, the sources' control tracks per time column, descriptors of th
 import argparse
 import copy
 import json
-import math
 import platform
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.audio import synthetic
+from adaptsuite.audio.backbones import initialise_tokens
 from adaptsuite.audio.features import Fbank, normalise, resize_positions
 
 CONFIG = {
@@ -256,8 +256,7 @@ class Buffer:
         at = torch.stack([first, first + 1], 1).flatten()
         batch = {name: value[at] for name, value in self.rows.items()}
         gain = torch.from_numpy(rng.normal(0, 1, (num_pairs, 2, 1, 1))).float()
-        floor = math.log(torch.finfo(torch.float32).eps)
-        log_mel = batch.pop("log_mel").float()
+        log_mel, floor = batch.pop("log_mel").float(), Fbank.floor
         log_mel = torch.where(log_mel > floor + 0.05, (log_mel + gain).clamp_min(floor), floor)
         batch["x"] = normalise(log_mel, FRONT_END["mean"], FRONT_END["std"])
         return batch
@@ -292,9 +291,7 @@ def new_model(seed: int) -> nn.Module:
 
     torch.manual_seed(seed)
     model = ASTModel(ASTConfig(**CONFIG))
-    e = model.embeddings
-    for p in (e.cls_token, e.distillation_token, e.position_embeddings):
-        nn.init.trunc_normal_(p, std=0.02)
+    initialise_tokens(model)
     return model
 
 

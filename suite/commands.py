@@ -185,17 +185,18 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         """Fit an adapter, score it on rows it never saw, and write adapter, evidence and report to --out."""
         from adaptsuite import experiment
 
-        console, wanted = Console(as_json), recipe(locals())
-        lines, plan = experiment.preview(domain(), wanted)
+        console = Console(as_json)
+        settled, manifest = experiment.settle(domain(), recipe(locals()))
+        lines, plan = experiment.preview(domain(), settled, manifest)
         console.say(*lines)
         if dry_run:
             return console.result({"dry_run": True, **plan})
         if out is None:
             raise UsageError("--out is missing: the folder that gets the adapter and the report")
-        result = experiment.run(domain(), wanted, Path(out), console.say)
+        result = experiment.run(domain(), settled, manifest, Path(out), console.say)
         if experiment.is_main():
             console.say(*experiment.summary(result))
-            console.result({k: v for k, v in result.items() if k != "row"})
+            console.result(result)
 
     @app.command()
     def evaluate(

@@ -22,7 +22,7 @@ from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Manifest, load_manifest, matching, split, write_csv
 from adaptsuite.method import method_class
-from adaptsuite.metrics import evaluate, prepare
+from adaptsuite.metrics import evaluate, to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.recipe import Recipe
 from adaptsuite.report import Run, comparison_row, read_run, write_run
@@ -77,7 +77,7 @@ class Outcome:
     fold: Fold
     seed: int
     adapter: Path
-    handle: Handle
+    adapted: dict[str, Any]  # what the report says of the method
     outputs: dict[str, np.ndarray]  # "val", "test": (rows, K) scores
     params: dict[str, int]
     fit: Any
@@ -152,7 +152,7 @@ def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[st
     except UsageError as e:
         raise AdapterError(str(e)) from e
     model = domain.model(recipe, labels)
-    return load_adapter(model, folder, sample=domain.sample(model)), recipe, list(labels), record
+    return load_adapter(model, record, sample=domain.sample(model)), recipe, list(labels), record
 
 
 def train_one(
@@ -185,7 +185,8 @@ def train_one(
         )
     seconds = time.perf_counter() - start
     extra = domain.extra(handle, parts["test"] or parts["val"] or parts["train"])
-    return Outcome(fold, seed, adapter, handle, outputs, handle.parameters_count(), result, seconds, extra=extra)
+    adapted, params = _adapted(recipe, handle), handle.parameters_count()
+    return Outcome(fold, seed, adapter, adapted, outputs, params, result, seconds, extra=extra)
 
 
 class _Embedding:
@@ -254,18 +255,21 @@ class Parts:
 
 
 def train(
-    domain: Domain, recipe: Recipe, out: str | Path, say: Callable[[str], None] = lambda line: None
-) -> tuple[dict[str, Any], list[Outcome], Recipe, Manifest]:
-    """Every fold with every seed; (result as `adapt … train --json` prints it, outcomes, settled recipe, table)."""
+    domain: Domain,
+    recipe: Recipe,
+    manifest: Manifest,
+    out: str | Path,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """Every fold with every seed of a settled recipe; (result as `adapt … train --json` prints it, outcomes)."""
     start, out = time.perf_counter(), Path(out)
-    recipe, manifest = settle(domain, recipe)
     data, parts, outcomes = recipe.data, Parts(domain, manifest), []
     plans = [(seed, fold) for seed in recipe.seeds for fold in _folds(manifest, data, seed)]
     for seed, fold in plans:
         folder = out
         if len(plans) > 1:
             folder = out / "-".join([f"seed{seed}"] * (len(recipe.seeds) > 1) + [_safe(fold.name)] * bool(data.cv))
-            say(f"run    {folder.name}: {len(fold.train)} train, {len(fold.val)} val, {len(fold.test)} test rows")
+            say(f"run    {folder.name}: {', '.join(f'{n} {part}' for part, n in fold.sizes.items())} rows")
         with rows_named(manifest):
             outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts)
         outcome.metrics = {name: _evaluate(manifest, getattr(fold, name), o) for name, o in outcome.outputs.items()}
@@ -288,12 +292,13 @@ def train(
         "adapter": adapters if len(adapters) > 1 or data.cv else adapters[0],
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return result, outcomes, recipe, manifest
+    return result, outcomes
 
 
 def run(
     domain: Domain,
     recipe: Recipe,
+    manifest: Manifest,
     out: str | Path,
     say: Callable[[str], None] = lambda line: None,
     comparison: Sequence[dict[str, Any]] = (),
@@ -302,7 +307,7 @@ def run(
 
     comparison: rows of other runs (`comparison_row`) that the report shows beside this one.
     """
-    result, outcomes, recipe, manifest = train(domain, recipe, out, say)
+    result, outcomes = train(domain, recipe, manifest, out, say)
     if not is_main():
         return result
     part = "test" if result["metrics"]["test"] else "val"
@@ -315,7 +320,7 @@ def run(
         labels=manifest.classes,
         command=f"adapt {domain.name} train --recipe {Path(out) / 'recipe.toml'} --out NEW_FOLDER",
         recipe=recipes.to_toml(recipe),
-        adapted=_adapted(recipe, outcomes[0].handle),
+        adapted=outcomes[0].adapted,
         params=result["params"],
         adapter_bytes=(outcomes[0].adapter / "adapter.safetensors").stat().st_size,
         data=_data_card(manifest, outcomes),
@@ -332,10 +337,9 @@ def run(
         seeds=recipe.seeds,
         seconds=result["seconds"],
     )
-    row = comparison_row(page)
     if comparison:
-        page = replace(page, comparison=[*comparison, row])
-    return {**result, "report": str(write_run(out, page)), "row": row}
+        page = replace(page, comparison=[*comparison, comparison_row(page)])
+    return {**result, "report": str(write_run(out, page))}
 
 
 def is_main() -> bool:
@@ -347,7 +351,7 @@ def _predictions(subset: Manifest, labels: Sequence[str], outputs: np.ndarray, r
     return Predictions(
         paths=[r.rel for r in subset.rows],
         targets=subset.targets(labels),
-        probabilities=probabilities(outputs, subset.task),
+        probabilities=to_probabilities(outputs, subset.task),
         groups=[r.group for r in subset.rows] if "group" in subset.columns else None,
         runs=runs,
     )
@@ -364,7 +368,7 @@ def _adapted(recipe: Recipe, handle: Handle) -> dict[str, Any]:
 
 
 def _data_card(manifest: Manifest, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    sizes = {part: sorted({len(getattr(o.fold, part)) for o in outcomes}) for part in ("train", "val", "test")}
+    sizes = {part: sorted({o.fold.sizes[part] for o in outcomes}) for part in outcomes[0].fold.sizes}
     return {
         "table": manifest.source.name,
         "rows": len(manifest),
@@ -526,7 +530,7 @@ def label_files(
     if good:
         dataset = domain.dataset(handle.model, good, None)
         outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
-        for path, scores in zip(good, probabilities(outputs, recipe.data.task), strict=True):
+        for path, scores in zip(good, to_probabilities(outputs, recipe.data.task), strict=True):
             named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
             if recipe.data.task == "multilabel":
                 label = ";".join(k for k, v in named.items() if v >= 0.5)
@@ -550,13 +554,6 @@ def _expand(domain: Domain, files: Sequence[str]):
             raise DataError(f"{path}: no such file or folder")
 
 
-def probabilities(outputs: np.ndarray, task: str) -> np.ndarray:
-    """(N, K) scores through the task's softmax or sigmoid."""
-    return prepare(
-        outputs, np.zeros(outputs.shape if task == "multilabel" else len(outputs), int), task, False
-    ).probabilities
-
-
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
     """One row a file: path, label, and a column of scores for each label."""
     write_csv(path, [{"path": p["path"], "label": p["label"], **p["scores"]} for p in predictions])
@@ -577,9 +574,8 @@ def budget_of(domain: Domain, recipe: Recipe):
     return budget(model, recipe.method, domain.sample(model, batch), **options)
 
 
-def preview(domain: Domain, recipe: Recipe) -> tuple[list[str], dict[str, Any]]:
-    """What a training would do, parameters first: lines for a terminal and the same as a table."""
-    recipe, manifest = settle(domain, recipe)
+def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[str], dict[str, Any]]:
+    """What training by a settled recipe would do, parameters first: lines for a terminal and the same as a table."""
     folds = _folds(manifest, recipe.data, recipe.seeds[0])
     handle = adapt(domain, recipe, manifest.classes)
     c = handle.parameters_count()
@@ -593,13 +589,13 @@ def preview(domain: Domain, recipe: Recipe) -> tuple[list[str], dict[str, Any]]:
         f"data      {len(manifest)} rows, {len(manifest.classes)} classes, {len(set(manifest.groups()))} groups",
     ]
     for fold in folds:
-        lines.append(f"split     {fold.name}: {len(fold.train)} train, {len(fold.val)} val, {len(fold.test)} test")
+        lines.append(f"split     {fold}")
         lines += [f"note      {note}" for note in fold.notes]
     lines += [f"note      {note}" for note in manifest.notes]
     plan = {
         "params": c,
         "recipe": recipes.to_dict(recipe),
-        "splits": [{"name": f.name, **{p: len(getattr(f, p)) for p in ("train", "val", "test")}} for f in folds],
+        "splits": [{"name": f.name, **f.sizes} for f in folds],
     }
     return lines, plan
 

@@ -6,7 +6,7 @@ from typing import Any
 from adaptsuite import recipe as recipes
 from adaptsuite.errors import DataError
 from adaptsuite.experiment import HEAD, Domain, adapt, complete
-from adaptsuite.manifest import load_manifest, split
+from adaptsuite.manifest import Fold, load_manifest, split
 from adaptsuite.method import method_class, methods
 from adaptsuite.recipe import Recipe, shipped_recipes
 from adaptsuite.verify import verify
@@ -77,10 +77,10 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         warnings += [f"{manifest.where(row)}: {row.rel}: {remark}" for remark in seen.pop("remarks")]
         facts.append(seen)
     classes = Counter(label for row in manifest.rows for label in row.labels)
-    splits = []
+    folds: list[Fold] = []
     try:
         for fold in split(manifest, data.test, data.val, data.cv, recipe.seeds[0], data.shots):
-            splits.append({"name": fold.name, **{p: len(getattr(fold, p)) for p in ("train", "val", "test")}})
+            folds.append(fold)
             warnings += fold.notes
     except DataError as e:
         problems.append(str(e))
@@ -90,7 +90,7 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         "classes": dict(sorted(classes.items())),
         "groups": len(set(manifest.groups())),
         "files": {key: _span([f[key] for f in facts]) for key in (facts[0] if facts else {})},
-        "splits": splits,
+        "splits": [{"name": fold.name, **fold.sizes} for fold in folds],
         "problems": problems,
         "warnings": warnings,
         "digest": manifest.digest,
@@ -99,7 +99,7 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         f"rows      {found['rows']} in {found['groups']} groups, {len(classes)} classes",
         *(f"class     {name:<24} {count}" for name, count in found["classes"].items()),
         *(f"files     {key} {span['min']:g} to {span['max']:g}" for key, span in found["files"].items()),
-        *(f"split     {s['name']}: {s['train']} train, {s['val']} val, {s['test']} test" for s in splits),
+        *(f"split     {fold}" for fold in folds),
         *(f"warning   {text}" for text in warnings),
         *(f"problem   {text}" for text in problems),
     ]

@@ -342,6 +342,14 @@ class Fold:
     test: "np.ndarray"
     notes: tuple[str, ...] = ()  # what the reader of the result should know
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of train, val and test."""
+        return {part: len(getattr(self, part)) for part in PARTS}
+
+    def __str__(self) -> str:
+        return f"{self.name}: " + ", ".join(f"{size} {part}" for part, size in self.sizes.items())
+
 
 def split(
     manifest: Manifest,

@@ -192,11 +192,7 @@ def prepare(outputs, targets, task: str = "multiclass", probabilities: bool | No
     """
     if task not in METRICS:
         raise UsageError(f"no metrics for task {task!r}; {nearest(task, METRICS)}")
-    outputs, targets = np.asarray(outputs, dtype=float), np.asarray(targets)
-    if outputs.ndim != 2 or not len(outputs):
-        raise ValueError(f"outputs have shape {outputs.shape}, (rows, classes) with a row at least is expected")
-    if not np.isfinite(outputs).all():
-        raise ValueError(f"outputs of row {int(np.flatnonzero(~np.isfinite(outputs).all(1))[0])} are not finite")
+    outputs, targets = _checked(outputs), np.asarray(targets)
     rows, classes = outputs.shape
     if targets.shape != ((rows, classes) if task == "multilabel" else (rows,)):
         raise ValueError(f"targets have shape {targets.shape} beside outputs {outputs.shape} of a {task} task")
@@ -214,9 +210,22 @@ def prepare(outputs, targets, task: str = "multiclass", probabilities: bool | No
         probabilities = inside and (task == "multilabel" or bool(np.allclose(outputs.sum(1), 1, atol=1e-3)))
     if probabilities and not inside:
         raise ValueError("outputs outside [0, 1] are no probabilities")
-    if not probabilities:
-        outputs = _sigmoid(outputs) if task == "multilabel" else _softmax(outputs)
-    return Scored(outputs, truth, task)
+    return Scored(outputs if probabilities else to_probabilities(outputs, task), truth, task)
+
+
+def to_probabilities(logits, task: str = "multiclass") -> np.ndarray:
+    """(N, K) float64: softmax over the classes, for multilabel a sigmoid each. ValueError for what is not finite."""
+    logits = _checked(logits)
+    return _sigmoid(logits) if task == "multilabel" else _softmax(logits)
+
+
+def _checked(outputs) -> np.ndarray:
+    outputs = np.asarray(outputs, dtype=float)
+    if outputs.ndim != 2 or not len(outputs):
+        raise ValueError(f"outputs have shape {outputs.shape}, (rows, classes) with a row at least is expected")
+    if not np.isfinite(outputs).all():
+        raise ValueError(f"outputs of row {int(np.flatnonzero(~np.isfinite(outputs).all(1))[0])} are not finite")
+    return outputs
 
 
 def _softmax(logits):

@@ -56,7 +56,9 @@ def main() -> None:
             "setting": [f"seeds={given.seeds}", *given.settings],
         }
         with tempfile.TemporaryDirectory() as folder:
-            result, outcomes, _, _ = experiment.train(DOMAIN, read_recipe(DOMAIN, options), folder)
+            result, outcomes = experiment.train(
+                DOMAIN, *experiment.settle(DOMAIN, read_recipe(DOMAIN, options)), folder
+            )
         seconds = sum(o.fit.seconds for o in outcomes) / len(outcomes)
         first = first or seconds
         found = result["metrics"]["test"]["accuracy"]
