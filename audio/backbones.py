@@ -1,14 +1,15 @@
-"""Audio Spectrogram Transformers by name, for clips of any length (Gong et al. 2021, arXiv:2104.01778)."""
+"""Audio transformers by name, for clips of any length: AST, wav2vec 2.0 and its kin, Whisper, CLAP."""
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from adaptsuite.audio.features import resize_positions
+from adaptsuite.audio.inputs import FAMILIES, AstInput, ClapInput, FrontEnd, Input, WaveInput
 from adaptsuite.backbones import bind, load_backbone, parse_backbone
 from adaptsuite.errors import UsageError, nearest
 
@@ -18,20 +19,18 @@ ALIASES = {
 }
 HUB = {"ast-base": "hf:MIT/ast-finetuned-audioset-10-10-0.4593"}
 EMBEDDED_POOL = "mean+std"  # what its pretraining reads; the mean alone is some points weaker
-AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
+
+# SOURCE:NAME or a name of one's own -> function(random_weights, seed, frames) that gives (module, its Input)
+OWN: dict[str, Callable[[bool, int, int | None], tuple[nn.Module, Input]]] = {}
 
 
-@dataclass(frozen=True)
-class FrontEnd:
-    """How a waveform becomes the backbone's input; part of every adapter file."""
+def register(name: str, build: Callable[[bool, int, int | None], tuple[nn.Module, Input]]) -> None:
+    """Makes a network of one's own a backbone of the audio commands and pipeline, in this process.
 
-    frames: int = 1024  # of 10 ms
-    sample_rate_hz: int = 16000
-    num_mel_bins: int = 128
-    low_hz: float = 20.0
-    high_hz: float = 0.0  # 0: half the sample rate
-    mean: float = AUDIOSET_MEAN  # of log-mel values; the input is (x - mean) / (2 std), as AST was trained
-    std: float = AUDIOSET_STD
+    build(random_weights, seed, frames) -> (module, Input): the module in eval mode, its Input saying how it hears; the
+    weights as they are then are what adapters get bound to.
+    """
+    OWN[name] = build
 
 
 def load(
@@ -43,53 +42,45 @@ def load(
     mean: float | None = None,
     std: float | None = None,
     reference_compat: bool = False,
-) -> tuple[nn.Module, FrontEnd]:
-    """An ASTModel for inputs of `frames` frames (None: as it was trained), and its front end.
+) -> tuple[nn.Module, Input]:
+    """A backbone for inputs of `frames` frames (None: as it was trained), and how it hears.
 
-    Position embeddings are resized as AST's authors do. With reference_compat they are zeroed instead, which is what
-    the PETL-AST code does without saying so: the model then cannot tell the order of what it hears.
+    AST's position embeddings are resized as its authors do. With reference_compat they are zeroed instead, which is
+    what the PETL-AST code does without saying so: the model then cannot tell the order of what it hears.
     """
+    changes = {k: v for k, v in (("mean", mean), ("std", std), ("frames", frames)) if v is not None}
+    if name in OWN:
+        model, heard = OWN[name](random_weights, seed, frames)
+        return bind(model, f"{name} (random weights, seed {seed})" if random_weights else name), heard
     architecture = ALIASES.get(name)
     if architecture is not None and random_weights:
-        model, front = _stock(name, architecture, seed), FrontEnd()
+        model, front, own = _stock(name, architecture, seed), FrontEnd(), {}
     elif architecture is not None and name not in HUB:
         raise UsageError(f"backbone {name!r} has no published weights: add --random-weights, or take ast-base")
     else:
         full = HUB.get(name, name)
         if ":" not in full:
-            raise UsageError(f"backbone {name!r} is unknown; {nearest(name, [*ALIASES, 'embedded:audio-tiny'])}")
-        model = load_backbone(full, random_weights=random_weights, seed=seed)
-        front = _front_end(full, model)
-    if type(model).__name__ != "ASTModel":
-        raise UsageError(f"backbone {name!r} is a {type(model).__name__}; the audio commands take AST models")
-    front = replace(front, **{k: v for k, v in (("mean", mean), ("std", std)) if v is not None})
+            raise UsageError(f"backbone {name!r} is unknown; {nearest(name, [*ALIASES, *OWN, 'embedded:audio-tiny'])}")
+        model = _audio_part(load_backbone(full, random_weights=random_weights, seed=seed))
+        front, own = _front_end(full, model)
+    kind = type(model).__name__
+    if kind not in FAMILIES:
+        raise UsageError(f"backbone {name!r} is a {kind}; the audio commands take {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    for option, given in (("mean", mean is not None), ("std", std is not None), ("reference_compat", reference_compat)):
+        if given and not family.statistics:
+            raise UsageError(f"front_end.{option} is for AST models; a {kind} has a normalisation of its own")
+    front = replace(front, **changes)
     if not front.std > 0:
         raise UsageError(f"front_end.std is {front.std}, it must be above 0")
-    if frames is not None:
-        front = replace(front, frames=frames)
-    set_frames(model, front.frames, zero=reference_compat)
-    return model, front
+    return model, family(model, front, **({**own, "zero_positions": True} if reference_compat else own))
 
 
-def set_frames(model: nn.Module, frames: int, zero: bool = False) -> None:
-    """Makes an ASTModel accept (B, frames, F) inputs; its positions are cut or stretched along time, or zeroed."""
-    config = model.config
-    if frames < config.patch_size:
-        raise UsageError(f"frames is {frames}, one patch takes {config.patch_size}")
-    old, new = grid(config, config.max_length), grid(config, frames)
-    positions = model.embeddings.position_embeddings
-    value = torch.zeros_like(positions) if zero else positions.detach()
-    if new != old:
-        value = resize_positions(value, old, new)
-        model.adaptsuite_source.resized["embeddings.position_embeddings"] = list(value.shape)
-    model.embeddings.position_embeddings = nn.Parameter(value.clone(), requires_grad=positions.requires_grad)
-    config.max_length = frames
-
-
-def grid(config, frames: int) -> tuple[int, int]:
-    """(rows along frequency, columns along time) of the patches of an ASTConfig's input of `frames` frames."""
-    rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-    return rows, (frames - config.patch_size) // config.time_stride + 1
+def _audio_part(model: nn.Module) -> nn.Module:
+    """The encoder of a Whisper, the audio tower of a CLAP: what is left of them is not for sounds to labels."""
+    kind, source = type(model).__name__, getattr(model, "adaptsuite_source", None)
+    parts = {"WhisperModel": "encoder", "ClapModel": "audio_model"}
+    return bind(getattr(model, parts[kind]), source.name) if kind in parts else model
 
 
 def embedded(name: str, random_weights: bool = False) -> nn.Module:
@@ -137,16 +128,37 @@ def initialise_tokens(model: nn.Module) -> None:
         nn.init.trunc_normal_(p, std=0.02)
 
 
-def _front_end(name: str, model: nn.Module) -> FrontEnd:
-    """What the source says of its input: shipped with the weights, or the feature extractor's file, or AST's own."""
+def _front_end(name: str, model: nn.Module) -> tuple[FrontEnd, dict[str, Any]]:
+    """What the source says of its input, and settings of its family alone: shipped with the weights, or in the feature
+    extractor's file, or as its authors had it."""
     own = getattr(model, "adaptsuite_front_end", None)
     if own is not None:
-        return FrontEnd(**{"frames": model.config.max_length, **own})
-    front = FrontEnd(frames=model.config.max_length, num_mel_bins=model.config.num_mel_bins)
+        return FrontEnd(**{"frames": model.config.max_length, **own}), {}
+    front, given = FrontEnd(), _extractor(name)
+    if type(model).__name__ == "ASTModel":
+        front = replace(front, frames=model.config.max_length, num_mel_bins=model.config.num_mel_bins)
+    elif type(model).__name__ == "ClapAudioModel":
+        front = replace(front, frames=1000, sample_rate_hz=48000, low_hz=0.0, high_hz=14000.0)
+    names = {"sampling_rate": "sample_rate_hz", "frequency_min": "low_hz", "frequency_max": "high_hz"}
+    names |= {"mean": "mean", "std": "std"} if FAMILIES.get(type(model).__name__) is AstInput else {}
+    front = replace(
+        front, **{ours: type(getattr(front, ours))(given[theirs]) for theirs, ours in names.items() if theirs in given}
+    )
+    options = {
+        WaveInput: {"do_normalize": "unit_variance"},
+        ClapInput: {"fft_window_size": "fft", "hop_length": "hop"},
+    }.get(FAMILIES.get(type(model).__name__), {})
+    return front, {ours: given[theirs] for theirs, ours in options.items() if theirs in given}
+
+
+def _extractor(name: str) -> dict[str, Any]:
+    """The settings of a transformers feature extractor, local or on the hub; empty where there is none."""
     source, rest = parse_backbone(name)
-    settings = Path(rest) / "preprocessor_config.json"
-    if source in ("hf", "file") and settings.is_file():
-        given = json.loads(settings.read_text(encoding="utf-8"))
-        names = {"mean": "mean", "std": "std", "sampling_rate": "sample_rate_hz"}
-        front = replace(front, **{ours: given[theirs] for theirs, ours in names.items() if theirs in given})
-    return front
+    if source not in ("hf", "file"):
+        return {}
+    from transformers import FeatureExtractionMixin
+
+    try:
+        return FeatureExtractionMixin.get_feature_extractor_dict(rest)[0]
+    except OSError:  # a folder of weights and config.json alone
+        return {}

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptsuite.audio.backbones import FrontEnd, grid, load
+from adaptsuite.audio.backbones import load
 from adaptsuite.audio.data import SUFFIXES, Windows, inspect, survey
-from adaptsuite.audio.features import FRAME, HOP, Fbank, gain, normalise, pad_frames, roll, spec_augment
+from adaptsuite.audio.features import Fbank, gain, roll, spec_augment
+from adaptsuite.audio.heads import HfHead, LinearHead, PrototypeHead, pooled
+from adaptsuite.audio.inputs import AstInput, FrontEnd, Input
 from adaptsuite.bank import BANK, Context
-from adaptsuite.errors import UsageError, nearest
+from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle
 from adaptsuite.metrics import score
 from adaptsuite.recipe import Recipe
-
-POOLS = ("cls", "mean", "std", "max")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class FrontEndSettings:
 class HeadSettings:
     """Section `head` of a recipe."""
 
-    pool: str | None = None  # of cls, mean, std, max over all tokens, joined by +; None: the backbone's own, else mean
+    kind: Literal["linear", "hf", "prototypes"] = "linear"  # hf: as ASTForAudioClassification has it, for export
+    pool: str | None = None  # linear: of cls, mean, std, max over all tokens, joined by +; None: the backbone's own
+    prototypes: int = 20  # a class
     start: Literal["probe", "random"] = "probe"  # from a logistic regression on frozen features (arXiv:2202.10054)
 
 
@@ -53,64 +55,58 @@ class AugmentSettings:
 
 
 class AudioModel(nn.Module):
-    """wave (B, N) -> logits (B, K): fbank, (x - mean) / (2 std), ASTModel, pooling over real tokens, Linear.
+    """wave (B, N) -> logits (B, K): the family's front end, the backbone, what the head reads, the head.
 
-    length: (B,) samples that are real; the rest is zero padding, which the fbank turns into its silence floor. Padded
-    tokens stay in the backbone, whose attention knows no mask, and are left out of pooling and of mixtures' routing.
+    length: (B,) samples that are real; the rest is zero padding, left out of pooling and of mixtures' routing.
     """
 
-    def __init__(self, backbone: nn.Module, front_end: FrontEnd, num_classes: int, pool: str = "mean"):
+    def __init__(self, backbone: nn.Module, heard: Input, num_classes: int, head: HeadSettings | None = None):
         super().__init__()
-        self.front_end, self.pool = front_end, tuple(pool.split("+"))
-        for part in self.pool:
-            if part not in POOLS:
-                raise UsageError(f"head.pool={pool!r}: {part!r} is not known; {nearest(part, POOLS)}")
-        self.fbank = Fbank(num_mel_bins=front_end.num_mel_bins, low_hz=front_end.low_hz, high_hz=front_end.high_hz)
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.config.hidden_size * len(self.pool), num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        head = head or HeadSettings()
+        self.input, self.backbone = heard, backbone
+        if head.kind == "linear":
+            pool = head.pool or getattr(backbone, "adaptsuite_pool", "mean")
+            self.head = LinearHead(heard.width, num_classes, pool)
+        elif head.pool is not None:
+            raise UsageError(f"head.pool={head.pool!r}: a head of kind {head.kind} has a reading of its own")
+        elif head.kind == "prototypes":
+            self.head = PrototypeHead(heard.width, num_classes, head.prototypes)
+        else:
+            if not isinstance(heard, AstInput):
+                raise UsageError(f"head.kind=hf is AST's, this backbone is a {type(backbone).__name__}")
+            heard.zero_padding = True
+            self.head = HfHead(heard.width, num_classes, backbone.config.layer_norm_eps)
+
+    @property
+    def front_end(self) -> FrontEnd:
+        return self.input.front_end
 
     @property
     def num_samples(self) -> int:
         """Samples of one input."""
-        return FRAME + (self.front_end.frames - 1) * HOP
+        return self.input.num_samples
 
-    def features(self, wave: Tensor) -> Tensor:
-        """(B, frames, F) normalised log-mel energies."""
-        x, _ = pad_frames(self.fbank(wave), self.front_end.frames, self.fbank.floor)
-        return normalise(x, self.front_end.mean, self.front_end.std)
+    @property
+    def linear_head(self) -> str | None:
+        """Path of the linear layer that ends the head; None: it has none."""
+        return {LinearHead: "head", HfHead: "head.dense"}.get(type(self.head))
 
-    def token_mask(self, length: Tensor) -> Tensor:
-        """(B, tokens) bool: CLS, DIST, then patches (frequency-major) of which at least half the frames are real."""
-        config = self.backbone.config
-        rows, columns = grid(config, self.front_end.frames)
-        frames = (length - FRAME) // HOP + 1
-        middle = torch.arange(columns, device=length.device) * config.time_stride + config.patch_size // 2
-        real = (middle < frames[:, None]) | (torch.arange(columns, device=length.device) == 0)
-        always = torch.ones(len(length), 2, dtype=torch.bool, device=length.device)
-        return torch.cat([always, real.repeat(1, rows)], 1)
+    def features(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
+        """What the backbone reads; of spectrogram families (B, frames, F) normalised log-mel energies."""
+        return self.input.features(wave, length)
 
     def tokens(self, features: Tensor, length: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Final-norm tokens (B, T, D) and the mask of real ones (None: all)."""
-        mask = None if length is None else self.token_mask(length)
+        mask = None if length is None else self.input.mask(length)
         bank = getattr(self, BANK, None)
         if bank is not None:
             bank.context = Context(token_mask=mask)
-        return self.backbone(features).last_hidden_state, mask
+        return self.input.tokens(self.backbone, features, length), mask
 
-    def embed(self, features: Tensor, length: Tensor | None = None) -> Tensor:
-        """(B, D times the parts of the pool): what the head reads."""
-        tokens, mask = self.tokens(features, length)
-        weight = torch.ones_like(tokens[..., :1]) if mask is None else mask[..., None].to(tokens.dtype)
-        mean = (tokens * weight).sum(1) / weight.sum(1)
-        parts = {
-            "cls": lambda: tokens[:, 0],
-            "mean": lambda: mean,
-            "std": lambda: (((tokens - mean[:, None]) ** 2 * weight).sum(1) / weight.sum(1) + 1e-6).sqrt(),
-            "max": lambda: tokens.masked_fill(weight == 0, float("-inf")).amax(1),
-        }
-        return torch.cat([parts[part]() for part in self.pool], -1)
+    def embed(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
+        """(B, features): what a linear head reads, else the mean of the tokens."""
+        tokens, mask = self.tokens(self.features(wave, length), length)
+        return self.head.read(tokens, mask, self.input) if self.linear_head else pooled(tokens, mask, ("mean",))
 
     def forward(
         self,
@@ -119,12 +115,14 @@ class AudioModel(nn.Module):
         spec_masks: tuple[int, int] = (0, 0),
         embedding: bool = False,
     ) -> Tensor:
-        """spec_masks: widest SpecAugment masks (mel bins, frames); training only. embedding: what the head reads."""
-        features = self.features(wave)
+        """spec_masks: widest SpecAugment masks (mel bins, frames); training only. embedding: `embed` instead."""
+        if embedding:
+            return self.embed(wave, length)
+        features = self.features(wave, length)
         if any(spec_masks):
             features = spec_augment(features, *spec_masks)
-        z = self.embed(features, length)
-        return z if embedding else self.head(z)
+        tokens, mask = self.tokens(features, length)
+        return self.head(self.head.read(tokens, mask, self.input))
 
 
 class AudioTask:
@@ -153,8 +151,10 @@ class AudioTask:
             length = torch.maximum(length, length[other])
         logits = model(wave, length, (a.freq_mask, a.time_mask))
         if self.task == "multilabel":
-            return F.binary_cross_entropy_with_logits(logits, target)
-        return F.cross_entropy(logits, target, label_smoothing=a.label_smoothing)
+            loss = F.binary_cross_entropy_with_logits(logits, target)
+        else:
+            loss = F.cross_entropy(logits, target, label_smoothing=a.label_smoothing)
+        return loss + model.head.regulariser() if isinstance(model.head, PrototypeHead) else loss
 
     def predict(self, model: AudioModel, batch: dict[str, Any]) -> Tensor:
         return model(batch["wave"], batch["length"])
@@ -173,7 +173,12 @@ class AudioDomain:
     suffixes = SUFFIXES
     train_norms = True
     sections = {"front_end": FrontEndSettings, "head": HeadSettings, "augment": AugmentSettings}
-    backbones = ("embedded:audio-tiny", "ast-base", "ast-tiny", "hf:HUB_ID_OR_FOLDER of an ASTModel")
+    backbones = (
+        "embedded:audio-tiny",
+        "ast-base",
+        "ast-tiny",
+        "hf:HUB_ID_OR_FOLDER of an AST, wav2vec 2.0, HuBERT, WavLM, Whisper or CLAP",
+    )
     longest_frames = 1024  # what AST was pretrained on; longer clips are read as several windows
 
     def __init__(self):
@@ -194,11 +199,13 @@ class AudioDomain:
         return replace(recipe, front_end={**recipe.front_end, "frames": frames})
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> AudioModel:
-        backbone, front_end = load(
+        backbone, heard = load(
             recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **recipe.front_end
         )
-        pool = recipe.head.get("pool") or getattr(backbone, "adaptsuite_pool", "mean")
-        return AudioModel(backbone, front_end, len(classes), pool).eval()
+        masks = recipe.augment.get("freq_mask", 0) or recipe.augment.get("time_mask", 0)
+        if masks and not heard.spectrogram:
+            raise UsageError(f"SpecAugment masks log-mel input, {recipe.backbone} reads something else: set both to 0")
+        return AudioModel(backbone, heard, len(classes), HeadSettings(**recipe.head)).eval()
 
     def dataset(self, model: AudioModel, paths: Sequence[Path], targets: np.ndarray | None) -> Windows:
         return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.cache)
@@ -220,7 +227,10 @@ class AudioDomain:
         return survey(path)
 
     def describe(self, model: AudioModel) -> dict[str, Any]:
-        return {"front_end": asdict(model.front_end), "input": f"{model.num_samples / 16000:.2f} s at 16 kHz"}
+        return {
+            "front_end": asdict(model.front_end),
+            "input": f"{model.num_samples / model.front_end.sample_rate_hz:.2f} s",
+        }
 
     def extra(self, handle: Handle, dataset: Windows) -> list[dict[str, Any]]:
         """The routers of mixtures on up to 16 clips: whether they route at all, and whom they load."""

@@ -73,9 +73,7 @@ def columns(frames: int) -> int:
 def forward(model: nn.Module, x: Tensor) -> Tensor:
     """(B, T, F) of any length -> final-norm tokens (B, 2 + 4 columns, D), positions cut or stretched along time."""
     positions = resize_positions(model.embeddings.position_embeddings, GRID, (GRID[0], columns(x.shape[1])))
-    return torch.func.functional_call(
-        model, {"embeddings.position_embeddings": positions}, (x,)
-    ).last_hidden_state
+    return torch.func.functional_call(model, {"embeddings.position_embeddings": positions}, (x,)).last_hidden_state
 
 
 def read_out(tokens: Tensor) -> Tensor:

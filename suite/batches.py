@@ -103,4 +103,3 @@ def data_mark(dataset) -> str:
 def short_hash(content: bytes) -> str:
     """Twelve hex digits of the sha256."""
     return hashlib.sha256(content).hexdigest()[:12]
-

@@ -29,7 +29,6 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-
 class Processes:
     """The processes of a run, each with its share of every step; one process is the case world = 1.
 

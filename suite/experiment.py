@@ -49,7 +49,10 @@ class Domain(Protocol):
         """The recipe with everything decided that the data decides, such as the input's length."""
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
-        """The task model on its backbone, without an adapter, in eval mode."""
+        """The task model on its backbone, without an adapter, in eval mode.
+
+        Its `linear_head` is the path of the linear layer that ends its head, None where there is none.
+        """
 
     def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None):
         """Map-style dataset; `mean_by_row` joins the outputs of several items of one row."""
@@ -166,7 +169,7 @@ def train_one(
     verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
     task = domain.task(recipe, manifest.classes)
     parts = {name: datasets.part(handle.model, getattr(fold, name)) for name in ("train", "val", "test")}
-    if recipe.head.get("start") == "probe":
+    if recipe.head.get("start") == "probe" and handle.model.linear_head:
         start_head(handle, task, parts["train"], plan)
     result = fit(handle.model, task, parts["train"], parts["val"], plan, out, handle)
     outputs = {}
@@ -208,7 +211,8 @@ def start_head(handle: Handle, task, dataset, plan: Plan) -> None:
     import torch
 
     features, targets = predict_all(handle.model, _Embedding(task), dataset, plan.batch_size, plan.device)
-    weight, bias = (handle.adapter.tensors[f"{HEAD}/{name}"] for name in ("weight", "bias"))
+    path = handle.model.linear_head.replace(".", "/")
+    weight, bias = (handle.adapter.tensors[f"{path}/{name}"] for name in ("weight", "bias"))
     values = linear_probe(features, targets, len(bias))
     with torch.no_grad():
         for tensor, value in zip((weight, bias), values, strict=True):

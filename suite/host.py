@@ -306,11 +306,18 @@ class Handle:
         return self.adapter.kinds.get(name.removeprefix("tensors."), "adapter")
 
     def trainable(self) -> list[dict[str, Any]]:
-        """Optimiser groups {"name": adapter | norm | head, "params": [], "names": []}; empty ones are left out."""
-        groups: dict[str, dict[str, Any]] = {}
+        """Optimiser groups {"name": adapter | norm | head, "lr_scale", "params": [], "names": []}; no empty ones.
+
+        lr_scale: 1, or what the module of a trained base tensor says in its own `lr_scale` {parameter: factor}.
+        """
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
         for name, p in self.trained().items():
-            kind = self.kind(name)
-            group = groups.setdefault(kind, {"name": kind, "params": [], "names": []})
+            kind, scale = self.kind(name), 1.0
+            if name.startswith("tensors."):
+                path, param = split_key(name.removeprefix("tensors."))
+                scale = getattr(self.model.get_submodule(path), "lr_scale", {}).get(param, 1.0)
+            new = {"name": kind, "lr_scale": scale, "params": [], "names": []}
+            group = groups.setdefault((kind, scale), new)
             group["params"].append(p)
             group["names"].append(name)
         return list(groups.values())

@@ -193,6 +193,8 @@ def _with_setting(recipe: Recipe, key: str, value: str, sections: Mapping[str, F
         return replace(recipe, **{key: _fit(value, own[key], f"--set {key}", text=True)})
     if not dot and key in ("domain", "method"):
         raise UsageError(f"--set {key}: choose it by the command (adapt DOMAIN ...) or by --method")
+    if not dot and "kind" in (_section_fields(key, sections) or ()):
+        section, dot, name = key, ".", "kind"  # `head=hf` chooses the kind of head
     section = section if dot else "method_settings"
     if section not in SECTIONS:
         raise UsageError(f"--set {key}: there is no section {section!r}; {nearest(section, SECTIONS)}")

@@ -195,6 +195,35 @@ def hf_wav2vec2():
 
 
 @host
+def hf_wavlm():
+    from transformers import WavLMConfig, WavLMModel
+
+    conv = dict(conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_conv_pos_embeddings=8)
+    config = WavLMConfig(**_HF, **conv, num_conv_pos_embedding_groups=2)
+    return WavLMModel(config), (), {"input_values": torch.randn(2, 400)}, _state
+
+
+@host
+def hf_whisper():
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    shape = dict(d_model=32, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=64)
+    config = WhisperConfig(**shape, num_mel_bins=16, max_source_positions=12)
+    return WhisperEncoder(config), (), {"input_features": torch.randn(2, 16, 24)}, _state
+
+
+@host
+def hf_clap():
+    from transformers import ClapAudioConfig
+    from transformers.models.clap.modeling_clap import ClapAudioModel
+
+    shape = dict(patch_embeds_hidden_size=16, depths=[2, 1], num_attention_heads=[2, 2], hidden_size=32)
+    config = ClapAudioConfig(**shape, num_mel_bins=16, spec_size=64, window_size=4)
+    return ClapAudioModel(config), (), {"input_features": torch.randn(2, 1, 200, 16)}, _state
+
+
+@host
 def open_clip():
     from open_clip.model import CLIP
 

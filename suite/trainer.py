@@ -470,6 +470,7 @@ def _groups(handle, plan: Plan) -> list[dict[str, Any]]:
     groups = []
     for given in handle.trainable():
         lr = plan.head_lr if given["name"] == "head" and plan.head_lr is not None else plan.lr
+        lr *= given.get("lr_scale", 1.0)
         for flat, decay in ((False, plan.weight_decay), (True, 0.0)):
             params = [p for p in given["params"] if (p.ndim <= 1) == flat]
             if params:

@@ -7,7 +7,7 @@ import torch
 
 from adaptsuite.audio import backbones
 from adaptsuite.audio.features import Fbank, normalise, resize_positions, spec_augment
-from adaptsuite.audio.pipeline import DOMAIN, AudioModel
+from adaptsuite.audio.pipeline import DOMAIN, AudioModel, HeadSettings
 from adaptsuite.errors import ResourceError, UsageError
 from adaptsuite.identity import base_fingerprint
 from adaptsuite.recipe import Recipe
@@ -42,7 +42,8 @@ def test_a_classifier_s_folder_gives_its_encoder_and_front_end(folder):
     from transformers import ASTForAudioClassification
 
     whole = ASTForAudioClassification.from_pretrained(folder).eval()
-    model, front = backbones.load(f"hf:{folder}")
+    model, heard = backbones.load(f"hf:{folder}")
+    front = heard.front_end
     x = torch.randn(1, 64, 32)
     expected = whole.audio_spectrogram_transformer(x).last_hidden_state
     assert torch.equal(model(x).last_hidden_state, expected)
@@ -130,9 +131,9 @@ def test_a_remote_code_config_is_not_run(folder, tmp_path):
 
 
 def audio_model(folder, frames=64, pool="mean"):
-    backbone, front = backbones.load(f"hf:{folder}", frames=frames)
+    backbone, heard = backbones.load(f"hf:{folder}", frames=frames)
     torch.manual_seed(0)
-    return AudioModel(backbone, front, 3, pool).eval()
+    return AudioModel(backbone, heard, 3, HeadSettings(pool=pool)).eval()
 
 
 def test_padding_is_as_quiet_as_silence_and_left_out_of_pooling(folder):
@@ -141,10 +142,10 @@ def test_padding_is_as_quiet_as_silence_and_left_out_of_pooling(folder):
     wave[:, 3000:] = 0
     features = model.features(wave)
     assert torch.allclose(features[:, -1], torch.full((32,), (Fbank.floor + 3.0) / 4.0))
-    mask = model.token_mask(torch.tensor([3000, model.num_samples]))
+    mask = model.input.mask(torch.tensor([3000, model.num_samples]))
     assert mask[1].all() and mask[0].sum() == 2 + 3 * 2  # 17 real frames: columns whose middle is before them
     tokens, _ = model.tokens(features, torch.tensor([3000]))
-    torch.testing.assert_close(model.embed(features, torch.tensor([3000])), tokens[:, mask[0]].mean(1))
+    torch.testing.assert_close(model.embed(wave, torch.tensor([3000])), tokens[:, mask[0]].mean(1))
 
 
 def test_the_head_reads_the_mean_over_all_tokens_with_cls_and_dist(folder):
