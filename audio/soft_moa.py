@@ -1,16 +1,18 @@
 """Mixtures of adapters for audio transformers: soft and dense (Cappellazzo et al. 2024, arXiv:2402.00828, section 2).
 
-Soft-MoA follows Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-3) with bottleneck adapters as experts. Both
-are evaluated in a few large products: a loop over experts costs 6 to 38 times as much for the dense mixture.
+Soft-MoA follows Soft MoE (Puigcerver et al. 2023, arXiv:2308.00951, eq. 1-3) with adapters as experts. Both are
+evaluated in a few large products: a loop over experts costs 6 to 38 times as much for the dense mixture.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsuite.audio.conv_adapter import Conformers, token_mask
 from adaptsuite.errors import UsageError
 from adaptsuite.method import Method, Placement, register
 from adaptsuite.sites import Site
@@ -22,6 +24,8 @@ class _Mixture(Method):
 
     experts: int = 7
     bottleneck: int = 6  # hidden features of one expert
+    expert: Literal["bottleneck", "conformer"] = "bottleneck"
+    kernel: int = 8  # of conformer experts
     placement: Placement = "parallel"
     sites: tuple[str, ...] = ("attn",)
 
@@ -29,18 +33,24 @@ class _Mixture(Method):
     norms = ("final", "beside")
 
     def check(self) -> None:
-        for name in ("experts", "bottleneck"):
+        for name in ("experts", "bottleneck", "kernel"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{self.name}: {name} is {getattr(self, name)}, it must be at least 1")
         if self.placement not in ("parallel", "sequential"):
             raise UsageError(f"{self.name}: placement is {self.placement!r}, it is parallel or sequential")
 
-    def width(self, site: Site) -> int:
+        if self.expert not in ("bottleneck", "conformer"):
+            raise UsageError(f"{self.name}: expert is {self.expert!r}, it is bottleneck or conformer")
+
+    def of(self, site: Site) -> "Experts | Conformers":
+        """The experts of one site."""
         if site.dim != site.dim_out:
             raise UsageError(
                 f"{self.name}: site {site.role!r} maps {site.dim} to {site.dim_out}, a mixture needs one width"
             )
-        return site.dim
+        if self.expert == "conformer":
+            return Conformers(self.experts, site.dim, self.bottleneck, site.dim, self.kernel)
+        return Experts(site.dim, self.experts, self.bottleneck)
 
 
 @register("audio.soft_moa")
@@ -59,9 +69,7 @@ class SoftMoa(_Mixture):
             raise UsageError(f"{self.name}: slots is {self.slots}, it must be at least 1")
 
     def build(self, site: Site) -> nn.Module:
-        return SoftMoaBranch(
-            self.width(site), self.experts, self.bottleneck, self.slots, self.normalise, self.placement
-        )
+        return SoftMoaBranch(self.of(site), self.slots, self.normalise, self.placement)
 
 
 @register("audio.dense_moa")
@@ -70,7 +78,7 @@ class DenseMoa(_Mixture):
     """Every expert sees every token; a softmax gate weighs them. No auxiliary loss."""
 
     def build(self, site: Site) -> nn.Module:
-        return DenseMoaBranch(self.width(site), self.experts, self.bottleneck, self.placement)
+        return DenseMoaBranch(self.of(site), self.placement)
 
 
 class Experts(nn.Module):
@@ -86,6 +94,16 @@ class Experts(nn.Module):
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.uniform_(self.down_bias, -bound, bound)
 
+    def of_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Hidden features (..., N, R) of the same tokens (..., D) for all experts."""
+        h = F.gelu(F.linear(x, self.down.flatten(0, 1), self.down_bias.flatten()))
+        return h.unflatten(-1, self.down.shape[:2])
+
+    def of_slots(self, s: Tensor) -> Tensor:
+        """Hidden features (N, B, S, R) of slots (N, B, S, D), each expert on its own."""
+        h = F.gelu(torch.baddbmm(self.down_bias[:, None], s.flatten(1, 2), self.down.transpose(1, 2)))
+        return h.unflatten(1, s.shape[1:3])
+
 
 class SoftMoaBranch(nn.Module):
     """out = C Y, Y_n = A_n(D^T X); X (B, T, D), Phi (D, N, S): N experts with S slots each.
@@ -94,11 +112,14 @@ class SoftMoaBranch(nn.Module):
     (context.token_mask False) gets no weight in any slot; what it receives itself is never read.
     """
 
-    def __init__(self, dim: int, experts: int, bottleneck: int, slots: int, normalise: bool, placement: Placement):
+    def __init__(
+        self, experts: Experts | Conformers, slots: int = 1, normalise: bool = False, placement: Placement = "parallel"
+    ):
         super().__init__()
-        self.experts = Experts(dim, experts, bottleneck)
-        self.phi = nn.Parameter(torch.empty(dim, experts, slots))
-        nn.init.normal_(self.phi, std=math.sqrt(2 / (slots * (experts + dim))))  # the reference's xavier normal
+        self.experts = experts
+        num, _, dim = experts.down.shape
+        self.phi = nn.Parameter(torch.empty(dim, num, slots))
+        nn.init.normal_(self.phi, std=math.sqrt(2 / (slots * (num + dim))))  # the reference's xavier normal
         self.logit_scale = nn.Parameter(torch.ones(())) if normalise else None
         self.placement = placement
 
@@ -110,18 +131,17 @@ class SoftMoaBranch(nn.Module):
             logits = F.normalize(x, dim=-1) @ phi
         else:
             logits = x @ phi
-        logits = logits.float()  # a softmax over thousands of tokens loses its small weights in bfloat16
+        logits = _wide(logits)  # a softmax over thousands of tokens loses its small weights in bfloat16
         masked = logits if mask is None else logits.masked_fill(~mask[..., None], float("-inf"))
         return logits, masked.softmax(1), logits.softmax(-1)
 
     def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
         shape, source = y.shape, x if self.placement == "parallel" else y
         tokens = source.flatten(1, -2)  # (B, T, D), also from grids of tokens
-        _, dispatch, combine = self.router(tokens, context.token_mask)
+        _, dispatch, combine = self.router(tokens, token_mask(context, tokens))
         e, slots = self.experts, self.phi.shape[2]
         s = dispatch.to(tokens.dtype).transpose(1, 2) @ tokens  # (B, N*S, D)
-        s = s.unflatten(1, (-1, slots)).transpose(0, 1).flatten(1, 2)  # (N, B*S, D)
-        h = F.gelu(torch.baddbmm(e.down_bias[:, None], s, e.down.transpose(1, 2)))
+        h = e.of_slots(s.unflatten(1, (-1, slots)).transpose(0, 1)).flatten(1, 2)  # (N, B*S, R)
         out = torch.baddbmm(e.up_bias[:, None], h, e.up.transpose(1, 2))
         out = out.unflatten(1, (-1, slots)).transpose(0, 1).flatten(1, 2)  # (B, N*S, D)
         return y + (combine.to(out.dtype) @ out).reshape(shape)
@@ -152,25 +172,27 @@ class DenseMoaBranch(nn.Module):
     sum_n g_n (U_n h_n + b_n) = [U_1 .. U_N] [g_1 h_1; ..; g_N h_N] + g [b_1 .. b_N].
     """
 
-    def __init__(self, dim: int, experts: int, bottleneck: int, placement: Placement):
+    def __init__(self, experts: Experts | Conformers, placement: Placement = "parallel"):
         super().__init__()
-        self.experts = Experts(dim, experts, bottleneck)
-        self.gate = nn.Linear(dim, experts)
+        self.experts = experts
+        num, _, dim = experts.down.shape
+        self.gate = nn.Linear(dim, num)
         self.placement = placement
-        if experts == 1:
+        if num == 1:
             reason = "a gate over one expert is always 1"
             self.exempt = {"gate.weight": reason, "gate.bias": reason}
 
     def router(self, x: Tensor) -> Tensor:
         """(..., N) gate weights, summing to 1, in float32."""
-        return self.gate(x).float().softmax(-1)
+        return _wide(self.gate(x)).softmax(-1)
 
     def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
         source, e = x if self.placement == "parallel" else y, self.experts
-        gate = self.router(source).to(y.dtype)  # (..., N)
-        h = F.gelu(F.linear(source, e.down.flatten(0, 1), e.down_bias.flatten()))  # (..., N*R)
-        h = (h.unflatten(-1, e.down.shape[:2]) * gate[..., None]).flatten(-2)
-        return y + F.linear(h, e.up.transpose(0, 1).flatten(1)) + gate @ e.up_bias
+        tokens = source.flatten(1, -2)  # (B, T, D), also from grids of tokens
+        gate = self.router(tokens).to(y.dtype)  # (B, T, N)
+        h = e.of_tokens(tokens, token_mask(context, tokens)) * gate[..., None]
+        out = F.linear(h.flatten(-2), e.up.transpose(0, 1).flatten(1)) + gate @ e.up_bias
+        return y + out.unflatten(1, y.shape[1:-1])
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float | list[float]]:
@@ -179,3 +201,7 @@ class DenseMoaBranch(nn.Module):
         gate = gate.flatten(0, -2) if mask is None else gate[mask]
         entropy = -(gate * gate.clamp_min(1e-30).log()).sum(-1).mean() / max(math.log(gate.shape[-1]), 1e-6)
         return {"gate_entropy": float(entropy), "load": gate.mean(0).tolist()}
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -219,6 +219,11 @@ def test_counts_of_the_papers_on_ast_base():
             ("bottleneck", {"bottleneck": r, "sites": ("attn", "mlp")}, n)
             for r, n in ((6, 278160), (8, 351936), (12, 499488))
         ),
+        *(
+            ("audio.conformer", {"bottleneck": r, "kernel": k}, n)
+            for r, k, n in ((6, 31, 216096), (8, 31, 272256), (12, 31, 384576), (8, 8, 270048))
+        ),
+        ("audio.conformer", {"bottleneck": 8, "kernel": 31, "sites": ("attn", "mlp")}, 542976),
         ("audio.dense_moa", {}, 923724),
         ("audio.soft_moa", {"sites": ("attn", "mlp")}, 1845744),
         *(

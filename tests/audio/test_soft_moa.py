@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from adaptsuite.audio.soft_moa import DenseMoaBranch, SoftMoaBranch
+from adaptsuite.audio.soft_moa import DenseMoaBranch, Experts, SoftMoaBranch
 from adaptsuite.bank import Context
 from adaptsuite.host import attach
 from adaptsuite.testing import HOSTS
@@ -73,14 +73,14 @@ def soft_moa(branch, x, slots, mask):
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_soft_moa_equals_its_equations(slots, normalise, masked):
-    branch, x = randomise(SoftMoaBranch(D, N, R, slots, normalise, "parallel")), tokens()
+    branch, x = randomise(SoftMoaBranch(Experts(D, N, R), slots, normalise, "parallel")), tokens()
     mask = torch.tensor([[True] * 5, [True, True, True, False, False]]) if masked else None
     found = branch(x, torch.zeros_like(x), Context(token_mask=mask))
     torch.testing.assert_close(found, soft_moa(branch, x, slots, mask), rtol=1e-6, atol=1e-6)  # router in float32
 
 
 def test_dense_moa_equals_its_equation():
-    branch, x = randomise(DenseMoaBranch(D, N, R, "parallel")), tokens()
+    branch, x = randomise(DenseMoaBranch(Experts(D, N, R), "parallel")), tokens()
     expected = torch.zeros_like(x)
     for b in range(B):
         for t in range(T):
@@ -92,29 +92,28 @@ def test_dense_moa_equals_its_equation():
 
 @pytest.mark.parametrize("kind", [SoftMoaBranch, DenseMoaBranch])
 def test_sequential_reads_the_output(kind):
-    extra = (1, False) if kind is SoftMoaBranch else ()
-    branch = randomise(kind(D, N, R, *extra, "sequential"))
-    parallel = randomise(kind(D, N, R, *extra, "parallel"))
+    branch = randomise(kind(Experts(D, N, R), placement="sequential"))
+    parallel = randomise(kind(Experts(D, N, R)))
     x, y = tokens(1), tokens(2)
     torch.testing.assert_close(branch(x, y, Context()), parallel(y, y, Context()))
     assert not torch.allclose(branch(x, y, Context()), parallel(x, y, Context()))
 
 
 def test_closed_counts_per_layer():
-    soft, dense = SoftMoaBranch(D, N, R, 2, False, "parallel"), DenseMoaBranch(D, N, R, "parallel")
+    soft, dense = SoftMoaBranch(Experts(D, N, R), 2, False, "parallel"), DenseMoaBranch(Experts(D, N, R), "parallel")
     assert sum(p.numel() for p in soft.parameters()) == N * (2 * D * R + D + R) + D * N * 2
     assert sum(p.numel() for p in dense.parameters()) == N * (2 * D * R + D + R) + N * (D + 1)
 
 
 def test_order_of_tokens_only_permutes_the_output():
-    branch, x = randomise(SoftMoaBranch(D, N, R, 1, False, "parallel")), tokens()
+    branch, x = randomise(SoftMoaBranch(Experts(D, N, R), 1, False, "parallel")), tokens()
     order = torch.tensor([3, 1, 4, 0, 2])
     out = branch(x, torch.zeros_like(x), Context())
     torch.testing.assert_close(branch(x[:, order], torch.zeros_like(x), Context()), out[:, order], rtol=1e-6, atol=1e-6)
 
 
 def test_padding_changes_nothing_for_real_tokens():
-    branch, x = randomise(SoftMoaBranch(D, N, R, 1, False, "parallel")), tokens()
+    branch, x = randomise(SoftMoaBranch(Experts(D, N, R), 1, False, "parallel")), tokens()
     longer = torch.cat([x, 100 * torch.ones(B, 3, D, dtype=x.dtype)], 1)
     mask = torch.arange(T + 3).expand(B, -1) < T
     padded = branch(longer, torch.zeros_like(longer), Context(token_mask=mask))
@@ -127,7 +126,7 @@ def test_padding_changes_nothing_for_real_tokens():
 def test_normalisation_touches_the_logits_only():
     """The reference dispatches unit-norm tokens, so that its output ignores the input's scale, and normalises Phi over
     the experts: here doubling X leaves both softmaxes as they are and doubles the slots."""
-    branch, x = randomise(SoftMoaBranch(D, N, R, 1, True, "parallel")), tokens()
+    branch, x = randomise(SoftMoaBranch(Experts(D, N, R), 1, True, "parallel")), tokens()
     _, dispatch, combine = branch.router(x)
     _, dispatch2, combine2 = branch.router(2 * x)
     torch.testing.assert_close(dispatch, dispatch2)
@@ -152,7 +151,7 @@ def test_the_mixture_is_added_once():
 
 def test_fused_dense_equals_its_loop_in_float32():
     torch.manual_seed(0)
-    branch, x = DenseMoaBranch(64, 7, 6, "parallel"), torch.randn(2, 50, 64)
+    branch, x = DenseMoaBranch(Experts(64, 7, 6), "parallel"), torch.randn(2, 50, 64)
     with torch.no_grad():
         for p in branch.parameters():
             p.normal_(std=0.1)
@@ -166,7 +165,7 @@ def test_fused_dense_equals_its_loop_in_float32():
 
 def test_diagnostics_see_a_router_that_does_nothing():
     torch.manual_seed(0)
-    branch, x = SoftMoaBranch(D, N, R, 1, False, "parallel"), torch.randn(2, 40, D)
+    branch, x = SoftMoaBranch(Experts(D, N, R), 1, False, "parallel"), torch.randn(2, 40, D)
     with torch.no_grad():
         branch.phi.zero_()
     idle = branch.diagnostics(x)
@@ -183,7 +182,9 @@ def test_diagnostics_see_a_router_that_does_nothing():
 @pytest.mark.parametrize("kind", ["soft", "dense"])
 def test_gradients_are_right(kind):
     soft = kind == "soft"
-    branch = randomise(SoftMoaBranch(D, N, R, 1, False, "parallel") if soft else DenseMoaBranch(D, N, R, "parallel"))
+    branch = randomise(
+        SoftMoaBranch(Experts(D, N, R), 1, False, "parallel") if soft else DenseMoaBranch(Experts(D, N, R), "parallel")
+    )
 
     def router(x, mask=None):  # as the branch's own, but in float64, where finite differences mean something
         logits = x @ branch.phi.flatten(1) if soft else branch.gate(x)

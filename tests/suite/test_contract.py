@@ -48,6 +48,10 @@ VARIANTS = [
     ("audio.soft_moa", {"placement": "sequential", "experts": 1}),
     ("audio.dense_moa", {"sites": ("mlp",), "placement": "sequential"}),
     ("audio.dense_moa", {"experts": 1}),
+    ("audio.dense_moa", {"expert": "conformer"}),
+    ("audio.soft_moa", {"expert": "conformer", "slots": 3, "sites": ("attn", "mlp")}),
+    ("audio.conformer", {"kernel": 31, "placement": "sequential", "sites": ("attn", "mlp")}),
+    ("audio.convpass", {"residual": True}),
 ]
 
 

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from adaptsuite.bottleneck import BottleneckBranch
 from adaptsuite.errors import UsageError
 from adaptsuite.host import attach
 from adaptsuite.lora import LoraBranch
 from adaptsuite.method import Method, method_class, methods, register, resolve
-from adaptsuite.sites import find_sites
+from adaptsuite.sites import Site, find_sites
 from adaptsuite.testing import HOSTS
+
+SITE = Site("mlp", "mlp", 0, 4, 4)
 
 
 def randomise(module):
@@ -42,7 +43,7 @@ def test_lora_equals_equation_3(rslora):
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_bottleneck_equals_its_table(placement, residual):
-    branch = randomise(BottleneckBranch(4, 3, 4, placement, residual).double())
+    branch = randomise(resolve("bottleneck", bottleneck=3, placement=placement, residual=residual).build(SITE).double())
     x, y = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 3, 4, dtype=torch.float64)
     source = x if placement == "parallel" else y
     expected = torch.zeros_like(y)
