@@ -188,7 +188,11 @@ class AudioDomain:
         """audio.md section 2: widths and sites; rates that trained well on small sets."""
         settings = {"bottleneck": {"bottleneck": 12}}.get(method, {})
         lr = {"full": 3e-4, "linear": 1e-3}.get(method, 5e-3)
-        return {"method_settings": settings, "plan": {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 10}}
+        plan = {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 10}
+        if method == "audio.prototypes":  # the paper's, beside the rates that its head scales
+            plan |= {"betas": (0.9, 0.95), "weight_decay": 3e-4, "warmup": 0.067, "clip": 2.0}
+            return {"method_settings": settings, "plan": plan, "head": {"kind": "prototypes"}}
+        return {"method_settings": settings, "plan": plan}
 
     def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
         """Fixes the input's length: as given, else the longest clip's, at most `longest_frames`."""
@@ -202,6 +206,8 @@ class AudioDomain:
         backbone, heard = load(
             recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **recipe.front_end
         )
+        if recipe.method == "audio.prototypes" and recipe.head.get("kind") != "prototypes":
+            raise UsageError("audio.prototypes is a head: leave head.kind at prototypes, or take the method linear")
         masks = recipe.augment.get("freq_mask", 0) or recipe.augment.get("time_mask", 0)
         if masks and not heard.spectrogram:
             raise UsageError(f"SpecAugment masks log-mel input, {recipe.backbone} reads something else: set both to 0")

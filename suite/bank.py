@@ -149,6 +149,10 @@ class Bank(nn.Module):
             self.hooks.append(module.register_forward_pre_hook(shadow.before))
             self.hooks.append(module.register_forward_hook(shadow.after, always_call=True))
         for path, port in ports.items():
+            if port.around():
+                module = self.root.get_submodule(path)
+                self.hooks.append(module.register_forward_pre_hook(port.enter, with_kwargs=True))
+                self.hooks.append(module.register_forward_hook(port.exit, always_call=True))
             for carrier in port.carriers():
                 module = self.root.get_submodule(carrier)
                 self.hooks.append(module.register_forward_pre_hook(port.catch, with_kwargs=True))
@@ -264,6 +268,19 @@ class Port:
 
     def add(self, name: str, site: Site, branch: nn.Module) -> None:
         self.table.setdefault(name, []).append((site, branch))
+
+    def around(self) -> list[nn.Module]:
+        """Branches that act on what the module gets, before it runs: `enter`, and `exit` whatever happened."""
+        return [b for rows in self.table.values() for _, b in rows if hasattr(b, "enter")]
+
+    def enter(self, module: nn.Module, args, kwargs):
+        for branch in self.around():
+            args, kwargs = branch.enter(module, args, kwargs)
+        return args, kwargs
+
+    def exit(self, module: nn.Module, args, output) -> None:
+        for branch in reversed(self.around()):
+            branch.exit(module)
 
     def carriers(self) -> list[str]:
         return list(dict.fromkeys(s.carrier[0] for rows in self.table.values() for s, _ in rows if s.carrier))

@@ -87,6 +87,8 @@ def place(
         if state is not None:
             handle.load_state(state)
         bank.activate([name])
+        if any(hasattr(b, "enter") for b in bank.adapters[name].branches.values()):
+            _rehearse(model, method, sample)
     except BaseException:
         if name in bank.adapters:
             handle.detach()  # releases the bank with its last adapter
@@ -171,7 +173,7 @@ def _build(
     adapter = Adapter(method, list(sites), head)
     shared = method.shared(list(sites))
     if shared is not None:
-        adapter.shared = shared
+        adapter.shared = shared.to(next(root.parameters()).device)
     for site in sites:
         module = root.get_submodule(site.path)
         branch = method.build(site) if shared is None else method.build(site, shared)
@@ -200,6 +202,17 @@ def _take_shape(adapter: "Adapter", key: str, state: Mapping[str, Tensor]) -> No
         adapter.tensors[key] = nn.Parameter(adapter.tensors[key].new_empty(tensor.shape))
     if moved is not None and key in adapter.moved._buffers and moved.shape != adapter.moved._buffers[key].shape:
         adapter.moved._buffers[key] = adapter.moved._buffers[key].new_empty(moved.shape)
+
+
+def _rehearse(model: nn.Module, method: Method, sample: Any) -> None:
+    """One forward on a meta copy: what a host cannot take is refused here and not in the first step of a training."""
+    try:
+        called_modules(model, sample)
+    except UsageError as e:
+        raise UsageError(f"method {method.name!r}: {e}") from e
+    except Exception as e:
+        kind, reason = type(model).__name__, " ".join(str(e).split())[:200]
+        raise UsageError(f"method {method.name!r} does not fit this {kind}: {type(e).__name__}: {reason}") from e
 
 
 def _check_reach(bank: "Bank", method: Method, site: Site, branch: nn.Module) -> None:

@@ -25,7 +25,9 @@ class Method:
 
     A branch is a module with `forward(x, y, context) -> new y` (x: the site's input, y: its output), or `delta()`, the
     change of the site's weight (dim_out, dim), or both. Only a branch with `delta` can live on a weight that the host
-    reads without calling its module, and only such a branch can be merged.
+    reads without calling its module, and only such a branch can be merged. A branch that changes what the module gets
+    has `enter(module, args, kwargs) -> (args, kwargs)` too, and `exit(module)`, called however the forward ends; such
+    a method is tried once on a meta copy of the host by `attach`.
     """
 
     name: ClassVar[str]

@@ -44,6 +44,7 @@ class Site:
     carrier: tuple[str, int] | None = None  # (module, positional argument): the call, earlier than y, that holds x
     batch_first: bool = True  # False: the module gets (T, B, D)
     component: str = ""  # prefix of the sub-model, as in Component
+    prefix_tokens: int = 0  # CLS, distillation and register tokens in front of the others, where known
 
     @property
     def key(self) -> str:
@@ -471,7 +472,9 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
     for tower in _towers(model):
         for index, block in enumerate(tower.blocks):
             for site in _block_sites(model, block):
-                found[site.role].append(replace(site, block=index, component=tower.info.prefix))
+                info = tower.info
+                own = {"component": info.prefix, "prefix_tokens": info.num_prefix_tokens}
+                found[site.role].append(replace(site, block=index, **own))
             if block.blocked:
                 blocked |= {role: f"{_join(block.path, block.blocked)}" for role in ("attn.q", "attn.k", "attn.v")}
         for site in _outer_sites(model, tower):

@@ -219,6 +219,9 @@ def test_counts_of_the_papers_on_ast_base():
             ("bottleneck", {"bottleneck": r, "sites": ("attn", "mlp")}, n)
             for r, n in ((6, 278160), (8, 351936), (12, 499488))
         ),
+        ("prefix", {}, 222720),
+        ("prompt", {"deep": False, "tokens": 300}, 231936),
+        ("prompt", {}, 231936),
         *(
             ("audio.conformer", {"bottleneck": r, "kernel": k}, n)
             for r, k, n in ((6, 31, 216096), (8, 31, 272256), (12, 31, 384576), (8, 8, 270048))

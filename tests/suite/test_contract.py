@@ -2,25 +2,38 @@
 
 import pytest
 
-from adaptsuite.method import methods
+from adaptsuite.errors import UsageError
+from adaptsuite.method import method_class, methods
 from adaptsuite.testing import HOSTS
 from adaptsuite.verify import contract
 
 FAMILIES = ("timm_eva", "hf_ast", "hf_bert")  # a shadow family, the audio family, a post-norm family
 METHODS = ("lora", "bottleneck", "bitfit")
-NO_HEAD = {"linear"}  # tested where a head is: tests/suite/test_host.py and tests/audio
 
 
 def cases():
     for family in HOSTS:
         for method in methods():
-            if method not in NO_HEAD:
+            if not method_class(method).needs_head:  # tested where a head is: tests/suite/test_host.py and tests/audio
                 quick = family in FAMILIES or method in METHODS
                 yield pytest.param(family, method, marks=() if quick else pytest.mark.slow, id=f"{family}-{method}")
 
 
+# what cannot be, with the reason that attach gives
+WINDOWS = {"timm_swin", "timm_swinv2", "hf_clap", "monai_swin_unetr"}
+REFUSED = {
+    **{("prompt", family): "within windows" for family in WINDOWS},
+    ("prompt", "timm_beit"): "does not fit this Beit",
+    **{("prefix", family): "by hand" for family in WINDOWS | {"monai_vit"}},
+}
+
+
 @pytest.mark.parametrize(("family", "method"), cases())
 def test_method_keeps_its_promises(family, method):
+    if (method, family) in REFUSED:
+        with pytest.raises(UsageError, match=REFUSED[method, family]):
+            contract(HOSTS[family], method)
+        return
     facts = contract(HOSTS[family], method)
     assert all(facts.values())
 
@@ -39,6 +52,8 @@ def test_a_shadow_is_used_exactly_where_it_is_needed(family):
 
 
 VARIANTS = [
+    ("prompt", {"deep": False, "tokens": 3}),
+    ("prefix", {"tokens": 1}),
     ("lora", {"sites": ("attn.qkv", "attn.out", "mlp.in", "mlp.out"), "rslora": True}),
     ("bottleneck", {"sites": ("attn", "mlp"), "bottleneck": 4}),
     ("bottleneck", {"placement": "sequential"}),
