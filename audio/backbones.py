@@ -50,6 +50,10 @@ def load(
     """
     changes = {k: v for k, v in (("mean", mean), ("std", std), ("frames", frames)) if v is not None}
     if name in OWN:
+        if mean is not None or std is not None or reference_compat:
+            raise UsageError(
+                f"front_end's mean, std and reference_compat are for AST models, {name} is one of your own"
+            )
         model, heard = OWN[name](random_weights, seed, frames)
         return bind(model, f"{name} (random weights, seed {seed})" if random_weights else name), heard
     architecture = ALIASES.get(name)

@@ -30,7 +30,8 @@ class FrontEnd:
 class Input(nn.Module):
     """The front end of one backbone; it holds no parameters. Its constructor makes the backbone fit its length.
 
-    grid: (rows, columns) of the patches, row by row behind `prefix` other tokens.  width: D of the tokens.
+    grid: (rows, columns) of the patches, row by row behind `prefix` other tokens.
+    width: D of the tokens; None: `backbone.config.hidden_size`, which transformers' models have.
     statistics: whether mean and std of the front end act.  spectrogram: whether `features` are (B, T, F) log-mel.
     """
 
@@ -38,9 +39,9 @@ class Input(nn.Module):
     statistics = False
     spectrogram = True
 
-    def __init__(self, backbone: nn.Module, front_end: FrontEnd):
+    def __init__(self, backbone: nn.Module, front_end: FrontEnd, width: int | None = None):
         super().__init__()
-        self.front_end, self.width = front_end, backbone.config.hidden_size
+        self.front_end, self.width = front_end, backbone.config.hidden_size if width is None else width
         self.grid = (1, 1)
 
     @property

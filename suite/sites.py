@@ -4,6 +4,8 @@ A model is walked once for blocks. A block is any module whose parts match one r
 widths of the parts), wherever it sits, so task models, two-tower models and backbones of other libraries work alike.
 Roles: attn.q attn.k attn.v attn.qkv attn.out attn mlp.in mlp.out mlp block norm patch_embed head.
 Only self-attention is listed; cross-attention inside decoder blocks is left alone.
+A block of your own is found when its parts have the names of one row. Where its norms stand it says itself, by the
+`norm_first` of torch's encoder layers: False for x = norm(x + attn(x)).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Layout:
     attn: str  # the attention module
     norm: str  # norm of the attention half
     mlps: tuple[tuple[str, str], ...]  # (module with the MLP's weights, "" for the block itself; norm of that half)
-    pre_norm: bool | Callable[[nn.Module], bool] = True  # whether the norms stand before their half
+    pre_norm: bool | Callable[[nn.Module], bool] = True  # whether norms stand before their half; `norm_first` wins
     attn_site: str | None = None  # where the attention's output before the residual is, when not at `attn`
     attn_carrier: tuple[str, int] | None = None
     mlp_carrier: tuple[str, int] | None = None
@@ -121,8 +123,8 @@ LAYOUTS = (
     Layout("self_attn", "self_attn_layer_norm",
            (("ffn1.sequential", "ffn1.sequential.0"), ("ffn2.sequential", "ffn2.sequential.0"))),  # Conformer
     Layout("self_attn", "self_attn_layer_norm", (("", "final_layer_norm"),), _bart_pre_norm),  # BART, Whisper, OPT
-    Layout("self_attn", "norm1", (("", "norm3"),), lambda block: block.norm_first),  # nn.TransformerDecoderLayer
-    Layout("self_attn", "norm1", (("", "norm2"),), lambda block: block.norm_first),  # nn.TransformerEncoderLayer
+    Layout("self_attn", "norm1", (("", "norm3"),)),  # nn.TransformerDecoderLayer
+    Layout("self_attn", "norm1", (("", "norm2"),)),  # nn.TransformerEncoderLayer
     Layout("self_attn", "input_layernorm", (("mlp", "pre_feedforward_layernorm"),)),  # Gemma 2, 3
     Layout("self_attn", "input_layernorm", (("mlp", "post_attention_layernorm"),)),  # Llama, Mistral, Qwen, Phi-3
     Layout("attention", "input_layernorm", (("mlp", "post_attention_layernorm"),)),  # GPT-NeoX
@@ -338,7 +340,8 @@ def _match(module: nn.Module) -> _Block | None:
         mlps = [(path, norm, _mlp(module, path, weights["attn.qkv"][0].dim)) for path, norm in layout.mlps]
         if any(mlp is None or _at(module, norm) is None for _, norm, mlp in mlps):
             continue
-        pre_norm = layout.pre_norm if isinstance(layout.pre_norm, bool) else bool(layout.pre_norm(module))
+        pre_norm = layout.pre_norm if isinstance(layout.pre_norm, bool) else layout.pre_norm(module)
+        pre_norm = bool(getattr(module, "norm_first", pre_norm))
         batch_first = getattr(_at(module, layout.attn), "batch_first", True)
         return _Block(layout, pre_norm, weights, [(p, n, *mlp) for p, n, mlp in mlps], batch_first, blocked)
     return None

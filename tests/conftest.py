@@ -39,10 +39,10 @@ if importlib.util.find_spec("adaptsuite") is None:
 
 @pytest.fixture
 def data_dir():
-    """`data_dir("audio_esc10")` is that data set's folder; the test is skipped where it is absent."""
+    """`data_dir("audio_esc10")` is that folder of data or weights; the test is skipped where it is absent."""
 
     def folder(name: str) -> Path:
-        if not (DATA / name / "manifest.csv").is_file():
+        if not (DATA / name / "README.md").is_file():
             pytest.skip(f"{NO_DATA} ({name})")
         return DATA / name
 
