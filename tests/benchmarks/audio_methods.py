@@ -3,6 +3,7 @@
 python tests/benchmarks/audio_methods.py [--data MANIFEST] [--cv COLUMN] [--methods a,b] [--seeds 0,1,2] [--epochs N]
     [--random-weights] [--backbone NAME] [--set key=value ...] [--json FILE]
 
+The backbone kwt-1 is the network of one's own in tests/audio/kwt1.py, with its published weights.
 Prints one row as soon as a method is done. Times are relative to the first method, run in the same process.
 """
 
@@ -17,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 import conftest  # noqa: E402, F401  finds the packages in a bare clone
 
-METHODS = "linear,bitfit,lora,bottleneck,audio.dense_moa,audio.soft_moa,full"
+METHODS = "linear,audio.prototypes,lora,bottleneck,audio.conformer,audio.dense_moa,audio.soft_moa,full"
+DATA = Path(os.environ.get("ADAPTSUITE_DATA", ROOT.parent / "shared" / "data"))
 
 
 def arguments() -> argparse.Namespace:
-    default = Path(os.environ.get("ADAPTSUITE_DATA", ROOT.parent / "shared" / "data")) / "audio_esc10" / "manifest.csv"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=str(default))
+    parser.add_argument("--data", default=str(DATA / "audio_esc10" / "manifest.csv"))
     parser.add_argument("--cv", default="fold")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--seeds", default="0,1,2")
@@ -41,6 +42,12 @@ def main() -> None:
     from adaptsuite.commands import read_recipe
 
     given, rows, first = arguments(), [], None
+    if given.backbone == "kwt-1":
+        sys.path.insert(0, str(ROOT / "tests" / "audio"))
+        import kwt1
+        from adaptsuite.audio.backbones import register
+
+        register("kwt-1", kwt1.builder(DATA / "weights_kwt1"))
     print(
         f"{'method':<16} {'trained':>9} {'no head':>9}  accuracy [95 % interval]   range over seeds   seconds  relative"
     )
