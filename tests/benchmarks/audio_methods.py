@@ -45,6 +45,7 @@ def main() -> None:
     if given.backbone == "kwt-1":
         sys.path.insert(0, str(ROOT / "tests" / "audio"))
         import kwt1
+
         from adaptsuite.audio.backbones import register
 
         register("kwt-1", kwt1.builder(DATA / "weights_kwt1"))
