@@ -239,42 +239,10 @@ class AudioDomain:
         }
 
     def extra(self, handle: Handle, dataset: Windows) -> list[dict[str, Any]]:
-        """The routers of mixtures on up to 16 clips: whether they route at all, and whom they load."""
-        rows = router_diagnostics(handle, dataset)
-        if not rows:
-            return []
+        """The routers of mixtures, with pictures."""
+        from adaptsuite.audio.pictures import routers
 
-        def cell(v):
-            return v if isinstance(v, str) else " ".join(f"{x:.3f}" for x in np.atleast_1d(v))
-
-        text = "Measured on up to 16 clips. A dispatch entropy near 1 means that slots are plain means of all tokens."
-        table = [{name: cell(v) for name, v in row.items()} for row in rows]
-        return [{"title": "Routers", "text": text, "table": table}]
-
-
-def router_diagnostics(handle: Handle, dataset: Windows) -> list[dict[str, Any]]:
-    """Per site of a mixture: what its branch's `diagnostics` says of the tokens of up to 16 clips."""
-    branches = {k: b for k, b in handle.adapter.branches.items() if hasattr(b, "diagnostics")}
-    found: dict[str, dict[str, Any]] = {}
-
-    def look(key):
-        def hook(branch, args):
-            x, y, context = args
-            found[key] = branch.diagnostics(x if branch.placement == "parallel" else y, context.token_mask)
-
-        return hook
-
-    hooks = [b.register_forward_pre_hook(look(k)) for k, b in branches.items()]
-    try:
-        items = [dataset[i] for i in range(min(16, len(dataset)))]
-        batch = {k: torch.stack([torch.as_tensor(i[k]) for i in items]) for k in ("wave", "length")}
-        device = next(handle.model.parameters()).device
-        with torch.no_grad():
-            handle.model(batch["wave"].to(device), batch["length"].to(device))
-    finally:
-        for h in hooks:
-            h.remove()
-    return [{"site": key.replace("/", "."), **found[key]} for key in found]
+        return routers(handle, dataset)
 
 
 DOMAIN = AudioDomain()

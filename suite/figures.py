@@ -35,7 +35,7 @@ def learning_curves(curves: Sequence[Mapping[str, Any]], monitor: str) -> str | 
     if not curves:
         return None
     validated = any(row["val"] for c in curves for row in c["history"])
-    with _figure(7.2 if validated else 3.6, 2.6) as figure:
+    with canvas(7.2 if validated else 3.6, 2.6) as figure:
         axes = figure.subplots(1, 2 if validated else 1, squeeze=False)[0]
         axes[0].set_title("training loss")
         for number, curve in enumerate(curves):
@@ -67,7 +67,7 @@ def confusion(matrix: np.ndarray, labels: Sequence[str]) -> str:
     side = min(8.6, 1.9 + (0.52 if num <= COUNTED else 0.13) * num)
     small = 8.5 if num <= COUNTED else max(3.6, 300 / num)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    with _figure(side, side) as figure:
+    with canvas(side, side) as figure:
         axis = figure.subplots()
         axis.imshow(share**0.5, cmap=_shades(), vmin=0, vmax=1, interpolation="none")  # root: rare ones show too
         axis.spines[:].set_visible(True)
@@ -91,7 +91,7 @@ def confusion(matrix: np.ndarray, labels: Sequence[str]) -> str:
 
 def reliability(bins: Sequence[Mapping[str, float]]) -> str:
     """Share of truth over stated probability, and the size of the bins (those of `adaptsuite.metrics.reliability`)."""
-    with _figure(3.9, 4.1) as figure:
+    with canvas(3.9, 4.1) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         middle = [(b["low"] + b["high"]) / 2 for b in bins]
         width = [(b["high"] - b["low"]) * 0.92 for b in bins]
@@ -122,7 +122,8 @@ def embed(figure: Any) -> str:
 
 
 @contextmanager
-def _figure(width: float, height: float):
+def canvas(width: float, height: float):
+    """A matplotlib figure of that many inches, in the report's style; drawn on inside the `with`."""
     import logging
 
     import matplotlib
