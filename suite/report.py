@@ -180,7 +180,16 @@ def render(run: Run) -> str:
         "adapted": _adapted(run),
         "curves": figures.learning_curves(run.curves, run.monitor),
         "folds": _fold_table(run, part),
-        "sections": [{**s, "figure": figures.embed(s["figure"]) if s.get("figure") else None} for s in run.extra],
+        "sections": [
+            {
+                "text": "",
+                "table": None,
+                "caption": "",
+                **s,
+                "figure": figures.embed(s["figure"]) if s.get("figure") else None,
+            }
+            for s in run.extra
+        ],
         "limits": [*known_limits(run, part), *run.limits],
         "evidence": None,
     }
