@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from adaptsuite.audio.backbones import FrontEnd, grid, load
 from adaptsuite.audio.data import SUFFIXES, Windows, inspect, survey
-from adaptsuite.audio.features import FRAME, HOP, Fbank, gain, normalise, pad_frames, roll, spec_augment
+from adaptsuite.audio.features import FRAME, HOP, Fbank, add_noise, gain, normalise, pad_frames, roll, spec_augment
+from adaptsuite.audio.noise import COLOURS, noise_like, recordings
 from adaptsuite.bank import BANK, Context
 from adaptsuite.errors import UsageError, nearest
 from adaptsuite.host import Handle
+from adaptsuite.losses import asymmetric
 from adaptsuite.metrics import score
 from adaptsuite.recipe import Recipe
 
@@ -38,18 +40,25 @@ class HeadSettings:
 
     pool: str | None = None  # of cls, mean, std, max over all tokens, joined by +; None: the backbone's own, else mean
     start: Literal["probe", "random"] = "probe"  # from a logistic regression on frozen features (arXiv:2202.10054)
+    loss: Literal["auto", "asymmetric"] = "auto"  # auto: cross-entropy, or binary cross-entropy for several labels
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Section `augment` of a recipe: what happens to training clips."""
+    """Section `augment` of a recipe: what happens to training clips, to their real part only, never to padding."""
 
     freq_mask: int = 0  # widest SpecAugment mask in mel bins
     time_mask: int = 0  # widest SpecAugment mask in frames
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off. Targets are mixed as the waves are, labels too
     gain_db: float = 0.0  # uniform in +- gain_db
     roll: bool = False  # circular shift of the waveform by any number of samples
-    label_smoothing: float = 0.0
+    noise: str = ""  # a folder of recordings, white or pink, mixed into every clip; empty: off
+    noise_snr_db: tuple[float, float] = (5.0, 20.0)  # lowest and highest signal-to-noise ratio, drawn for each clip
+    label_smoothing: float = 0.0  # share of the target given to all classes alike; to 1/2 each for several labels
+
+    def __post_init__(self) -> None:
+        if self.noise_snr_db[0] > self.noise_snr_db[1]:
+            raise UsageError(f"augment.noise_snr_db={self.noise_snr_db}: expected the lower ratio first")
 
 
 class AudioModel(nn.Module):
@@ -122,19 +131,29 @@ class AudioModel(nn.Module):
         """spec_masks: widest SpecAugment masks (mel bins, frames); training only. embedding: what the head reads."""
         features = self.features(wave)
         if any(spec_masks):
-            features = spec_augment(features, *spec_masks)
+            frames = None if length is None else (length.clamp(min=FRAME) - FRAME) // HOP + 1
+            features = spec_augment(features, *spec_masks, frames)
         z = self.embed(features, length)
         return z if embedding else self.head(z)
 
 
 class AudioTask:
-    """Classification of clips: cross-entropy for one label, binary cross-entropy for several."""
+    """Classification of clips: cross-entropy for one label, binary cross-entropy or the asymmetric loss for several."""
 
     target = "label"
 
-    def __init__(self, classes: Sequence[str], task: str = "multiclass", augment: AugmentSettings | None = None):
+    def __init__(
+        self,
+        classes: Sequence[str],
+        task: str = "multiclass",
+        augment: AugmentSettings | None = None,
+        loss: str = "auto",
+    ):
         if task not in ("multiclass", "multilabel"):
             raise UsageError(f"audio: task {task!r} is not known; it is multiclass or multilabel")
+        if loss == "asymmetric" and task != "multilabel":
+            raise UsageError("head.loss=asymmetric is for several labels a clip: add --set data.task=multilabel")
+        self.of_labels = asymmetric if loss == "asymmetric" else F.binary_cross_entropy_with_logits
         self.classes, self.task, self.augment = tuple(classes), task, augment or AugmentSettings()
         self.monitor = "accuracy" if task == "multiclass" else "map"
 
@@ -145,15 +164,19 @@ class AudioTask:
         if a.gain_db:
             wave = gain(wave, a.gain_db)
         if a.roll:
-            wave = roll(wave)
-        if a.mixup:
+            wave = roll(wave, length)
+        if a.mixup:  # of several labels too: AST's code gives each its share and takes no union
             share = float(np.random.beta(a.mixup, a.mixup))
             other = torch.randperm(len(wave), device=wave.device)
             wave, target = share * wave + (1 - share) * wave[other], share * target + (1 - share) * target[other]
             length = torch.maximum(length, length[other])
+        if a.noise:
+            low, high = a.noise_snr_db
+            snr_db = low + (high - low) * torch.rand(len(wave), device=wave.device)
+            wave = add_noise(wave, noise_like(wave, a.noise), snr_db, length)
         logits = model(wave, length, (a.freq_mask, a.time_mask))
         if self.task == "multilabel":
-            return F.binary_cross_entropy_with_logits(logits, target)
+            return self.of_labels(logits, target * (1 - a.label_smoothing) + a.label_smoothing / 2)
         return F.cross_entropy(logits, target, label_smoothing=a.label_smoothing)
 
     def predict(self, model: AudioModel, batch: dict[str, Any]) -> Tensor:
@@ -186,7 +209,10 @@ class AudioDomain:
         return {"method_settings": settings, "plan": {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 10}}
 
     def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
-        """Fixes the input's length: as given, else the longest clip's, at most `longest_frames`."""
+        """Fixes the input's length: as given, else the longest clip's, at most `longest_frames`. Reads the noises."""
+        noise = recipe.augment.get("noise")
+        if paths and noise and noise not in COLOURS:
+            recordings(noise)  # a file that cannot be used is told now, not at its turn
         if recipe.front_end.get("frames") is not None or not paths:
             return recipe
         longest = max(inspect(path).seconds for path in paths)
@@ -204,7 +230,8 @@ class AudioDomain:
         return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.cache)
 
     def task(self, recipe: Recipe, classes: Sequence[str]) -> AudioTask:
-        return AudioTask(classes, recipe.data.task, AugmentSettings(**recipe.augment))
+        augment, loss = AugmentSettings(**recipe.augment), recipe.head.get("loss", "auto")
+        return AudioTask(classes, recipe.data.task, augment, loss)
 
     def sample(self, model: AudioModel, batch: int = 2) -> tuple[Tensor, Tensor]:
         """Seeded noises; the last one is half padding, so that masks are used."""
