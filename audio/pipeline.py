@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.audio.backbones import FrontEnd, grid, load
-from adaptsuite.audio.data import SUFFIXES, Windows, inspect, survey
+from adaptsuite.audio.data import CACHE_BYTES, SUFFIXES, Cache, Clip, Windows, inspect, survey
 from adaptsuite.audio.features import FRAME, HOP, Fbank, add_noise, gain, normalise, pad_frames, roll, spec_augment
 from adaptsuite.audio.noise import COLOURS, noise_like, recordings
 from adaptsuite.bank import BANK, Context
@@ -200,7 +200,7 @@ class AudioDomain:
     longest_frames = 1024  # what AST was pretrained on; longer clips are read as several windows
 
     def __init__(self):
-        self.cache: dict[Any, Tensor] = {}
+        self.cache = Cache()
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """audio.md section 2: widths and sites; rates that trained well on small sets."""
@@ -241,6 +241,17 @@ class AudioDomain:
         length[-1] = max(model.num_samples // 2, 400)
         wave[-1, length[-1] :] = 0
         return wave, length
+
+    def header(self, path: Path) -> Clip:
+        return inspect(path)
+
+    def prepare(self, model: AudioModel, paths: Sequence[Path]) -> list[str]:
+        """Decodes what fits into memory, so that training and scoring do not stop at a damaged file halfway."""
+        if self.cache.bytes > CACHE_BYTES / 2:  # of earlier runs in this process
+            self.cache = Cache()
+        dataset = self.dataset(model, paths, None)
+        dataset.load()
+        return dataset.remarks()
 
     def look(self, path: Path) -> dict[str, Any]:
         """What `check` says of one file, decoded whole; raises DataError where it cannot be used."""

@@ -60,6 +60,12 @@ class Domain(Protocol):
     def sample(self, model: nn.Module, batch: int = 2) -> Any:
         """Arguments of one forward of the task model, for probe, doctor and budget."""
 
+    def header(self, path: Path) -> Any:
+        """A cheap look at one file, without decoding it. Raises DataError for what is seen to be unusable."""
+
+    def prepare(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
+        """Before any work: reads what fits into memory, and says what its reader should know, such as resampling."""
+
     def look(self, path: Path) -> dict[str, Any]:
         """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
 
@@ -88,11 +94,41 @@ class Outcome:
 
 def settle(domain: Domain, recipe: Recipe) -> tuple[Recipe, Manifest]:
     """The recipe with all defaults written out, and its table. Raises DataError or UsageError before any work."""
+    manifest = read_table(domain, recipe)
+    with rows_named(manifest):
+        return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+
+
+def read_table(domain: Domain, recipe: Recipe) -> Manifest:
+    """The recipe's table, its files looked at (`usable`). Raises DataError or UsageError."""
     if not recipe.data.manifest:
         raise UsageError("no data: name a CSV or a folder of classes with --data")
     manifest = load_manifest(recipe.data.manifest, recipe.data.task, suffixes=domain.suffixes)
+    return usable(domain, manifest, recipe.data.skip_bad)
+
+
+def usable(domain: Domain, manifest: Manifest, skip_bad: bool) -> Manifest:
+    """The table, once every file's header was read; DataError at the first that cannot be used.
+
+    With skip_bad every file is decoded instead, and rows of damaged ones are left out and listed in `skipped`.
+    """
+    if skip_bad:
+        return manifest.without(damaged(domain, manifest))
     with rows_named(manifest):
-        return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+        for row in manifest.rows:
+            domain.header(row.path)
+    return manifest
+
+
+def damaged(domain: Domain, manifest: Manifest, see: Callable[[Any, dict], None] = lambda row, facts: None):
+    """{row number: why its file cannot be used}, by decoding every file; see(row, facts): of each good one."""
+    bad: dict[int, str] = {}
+    for i, row in enumerate(manifest.rows):
+        try:
+            see(row, domain.look(row.path))
+        except DataError as e:
+            bad[i] = str(e).removeprefix(f"{row.path}: ")
+    return bad
 
 
 @contextlib.contextmanager
@@ -265,6 +301,10 @@ def train(
     start, out = time.perf_counter(), Path(out)
     data, parts, outcomes = recipe.data, Parts(domain, manifest), []
     plans = [(seed, fold) for seed in recipe.seeds for fold in _folds(manifest, data, seed)]
+    used = np.unique(np.concatenate([getattr(fold, part) for _, fold in plans for part in fold.sizes]))
+    remarks = _prepare(domain, domain.model(recipe, manifest.classes), manifest.subset(used))
+    for remark in remarks:
+        say(f"warning   {remark}")
     for seed, fold in plans:
         folder = out
         if len(plans) > 1:
@@ -290,9 +330,20 @@ def train(
         "metrics": metrics,
         "params": outcomes[0].params,
         "adapter": adapters if len(adapters) > 1 or data.cv else adapters[0],
+        "skipped": list(manifest.skipped),
+        "warnings": [*manifest.notes, *remarks],
         "seconds": round(time.perf_counter() - start, 2),
     }
     return result, outcomes
+
+
+def _prepare(domain: Domain, model: nn.Module, manifest: Manifest) -> list[str]:
+    with rows_named(manifest):
+        return domain.prepare(model, [r.path for r in manifest.rows])
+
+
+def skipped_rows(manifest: Manifest) -> list[str]:
+    return [f"{s['row']}: {s['path']} was left out: {s['reason']}" for s in manifest.skipped]
 
 
 def run(
@@ -332,7 +383,11 @@ def run(
         predictions=_predictions(
             manifest.subset(indices), manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names
         ),
-        warnings=[*manifest.notes, *(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes))],
+        warnings=[
+            *result["warnings"],
+            *skipped_rows(manifest),
+            *(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes)),
+        ],
         extra=outcomes[0].extra,
         seeds=recipe.seeds,
         seconds=result["seconds"],
@@ -443,12 +498,14 @@ def score_adapter(
     test: str | None = None,
     device: str | None = None,
     batch_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Scored:
     """Metrics of a saved adapter on the rows of `test`, else those with split=test, else all of the table."""
     start = time.perf_counter()
     handle, recipe, labels, _ = restore(domain, folder)
     manifest = load_manifest(data, recipe.data.task, suffixes=domain.suffixes)
-    subset = manifest.subset(_test_rows(manifest, test))
+    subset = usable(domain, manifest.subset(_test_rows(manifest, test)), skip_bad)
+    remarks = _prepare(domain, handle.model, subset)
     dataset = domain.dataset(handle.model, [r.path for r in subset.rows], subset.targets(labels))
     outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
     metrics = evaluate(
@@ -459,6 +516,8 @@ def score_adapter(
         "params": handle.parameters_count(),
         "adapter": str(folder),
         "rows": len(subset),
+        "skipped": list(subset.skipped),
+        "warnings": [*subset.notes, *remarks],
         "seconds": round(time.perf_counter() - start, 2),
     }
     return Scored(result, handle, recipe, labels, subset, outputs, dataset)
@@ -504,6 +563,7 @@ def report_adapter(
         data={"table": subset.source.name, "rows": len(subset), "sha256": subset.digest},
         metrics=scored.result["metrics"],
         predictions=_predictions(subset, scored.labels, scored.outputs),
+        warnings=scored.result["warnings"],
         extra=domain.extra(scored.handle, scored.dataset),
         seeds=recipe.seeds,
         seconds=scored.result["seconds"],
@@ -592,10 +652,12 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
         lines.append(f"split     {fold}")
         lines += [f"note      {note}" for note in fold.notes]
     lines += [f"note      {note}" for note in manifest.notes]
+    lines += [f"skipped   {line}" for line in skipped_rows(manifest)]
     plan = {
         "params": c,
         "recipe": recipes.to_dict(recipe),
         "splits": [{"name": f.name, **f.sizes} for f in folds],
+        "skipped": list(manifest.skipped),
     }
     return lines, plan
 

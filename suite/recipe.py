@@ -34,6 +34,7 @@ class DataSettings:
     val: Literal["none"] | str | None = None  # the same, or "none": go without
     cv: str | None = None  # COLUMN
     shots: int | None = None  # training rows a class; None: all
+    skip_bad: bool = False  # decode every file first, and leave out rows whose file cannot be used
 
 
 @dataclass(frozen=True)
