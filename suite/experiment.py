@@ -22,7 +22,7 @@ from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Manifest, load_manifest, matching, split, write_csv
 from adaptsuite.method import method_class
-from adaptsuite.metrics import evaluate, to_probabilities
+from adaptsuite.metrics import evaluate, score, to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.recipe import Recipe
 from adaptsuite.report import Run, comparison_row, read_run, write_run
@@ -455,27 +455,45 @@ def _evaluate(manifest: Manifest, indices: np.ndarray, outputs: np.ndarray) -> d
 
 
 def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:
-    """Metrics of all rows that a part had over folds and seeds together; with several seeds each one's range too.
+    """Metrics of a part over folds and seeds: {name: {"value", "ci", "range"?, "seeds"?, "spread"?, "note"?}}.
 
-    Intervals resample the groups of the pooled predictions: a group counts once, however many seeds saw it.
+    value: of the rows of all folds together, with several seeds the mean of each seed's.  ci: 95 %, resampling the
+    groups of the pooled predictions: a group counts once, however many seeds saw it.  range, seeds: lowest and highest
+    seed, and how many.  spread: {"folds" and/or "seeds": {"mean", "std", "n"}}, the sample standard deviation over
+    folds (each the mean of its seeds) and over seeds (each over the rows of all folds); no part of the interval.
     """
     seen = [o for o in outcomes if part in o.outputs]
     if not seen:
         return {}
-    rows = np.concatenate([getattr(o.fold, part) for o in seen])
-    metrics = _evaluate(manifest, rows, np.concatenate([o.outputs[part] for o in seen]))
-    seeds = sorted({o.seed for o in seen})
-    if len(seeds) > 1:
-        of_seed = []
-        for seed in seeds:
-            own = [o for o in seen if o.seed == seed]
-            indices = np.concatenate([getattr(o.fold, part) for o in own])
-            of_seed.append(_evaluate(manifest, indices, np.concatenate([o.outputs[part] for o in own])))
-        for name, found in metrics.items():
-            values = [m[name]["value"] for m in of_seed if m[name]["value"] is not None]
-            if values:
-                found |= {"value": float(np.mean(values)), "range": [min(values), max(values)], "seeds": len(values)}
+
+    def together(own: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.concatenate([getattr(o.fold, part) for o in own])
+        return rows, np.concatenate([o.outputs[part] for o in own])
+
+    def values(own: Sequence[Outcome]) -> dict[str, float]:
+        rows, outputs = together(own)
+        return score(outputs, manifest.subset(rows).targets(manifest.classes), manifest.task, probabilities=False)
+
+    metrics = _evaluate(manifest, *together(seen))
+    seeds, folds = ({key(o): None for o in seen} for key in (lambda o: o.seed, lambda o: o.fold.name))
+    by_seed = [values([o for o in seen if o.seed == seed]) for seed in seeds] if len(seeds) > 1 else []
+    by_fold = [[values([o]) for o in seen if o.fold.name == name] for name in folds] if len(folds) > 1 else []
+    for name, found in metrics.items():
+        of_seeds = [m[name] for m in by_seed if name in m]
+        of_folds = [_mean([m[name] for m in runs if name in m]) for runs in by_fold if any(name in m for m in runs)]
+        if of_seeds:
+            found |= {"value": _mean(of_seeds), "range": [min(of_seeds), max(of_seeds)], "seeds": len(of_seeds)}
+        spread = {key: _spread(own) for key, own in (("folds", of_folds), ("seeds", of_seeds)) if len(own) > 1}
+        found |= {"spread": spread} if spread else {}
     return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": _mean(values), "std": float(np.std(values, ddof=1)), "n": len(values)}
 
 
 @dataclass
@@ -662,6 +680,10 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
     return lines, plan
 
 
+def _plus_minus(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.3f} ± {spread['std']:.3f} ({spread['n']})"
+
+
 def summary(result: dict[str, Any]) -> list[str]:
     """The result of a training or an evaluation, one fact per line."""
     lines = []
@@ -669,12 +691,10 @@ def summary(result: dict[str, Any]) -> list[str]:
         for name, found in result["metrics"].get(part, {}).items():
             if found["value"] is not None:
                 interval = f"  [{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]" if found.get("ci") else ""
-                seeds = (
-                    f"  over {found['seeds']} seeds {found['range'][0]:.3f} to {found['range'][1]:.3f}"
-                    if "range" in found
-                    else ""
-                )
-                lines.append(f"{part:<5} {name:<18} {found['value']:.3f}{interval}{seeds}")
+                spread = "".join(f"  {key} {_plus_minus(own)}" for key, own in found.get("spread", {}).items())
+                lines.append(f"{part:<5} {name:<18} {found['value']:.3f}{interval}{spread}")
+    if any("spread" in found for part in ("test", "val") for found in result["metrics"].get(part, {}).values()):
+        lines.append("in []: 95 % interval over groups; folds, seeds: mean ± standard deviation (how many)")
     adapters = result["adapter"] if isinstance(result["adapter"], list) else [result["adapter"]]
     for folder in adapters:
         size = (Path(folder) / "adapter.safetensors").stat().st_size

@@ -148,6 +148,12 @@ def test_train_prints_one_object(adapt, backbone, data, tmp_path):
     assert len(found["adapter"]) == 6 and len(found["metrics"]["folds"]) == 6
     accuracy = found["metrics"]["test"]["accuracy"]
     assert accuracy["range"][0] <= accuracy["value"] <= accuracy["range"][1] and len(accuracy["ci"]) == 2
+    assert (accuracy["spread"]["folds"]["n"], accuracy["spread"]["seeds"]["n"]) == (3, 2)
+    of_folds = [
+        np.mean([f["test"]["accuracy"] for f in found["metrics"]["folds"] if f["name"] == f"fold={k}"])
+        for k in range(3)
+    ]
+    assert accuracy["spread"]["folds"]["std"] == pytest.approx(np.std(of_folds, ddof=1))
     assert found["params"]["trained"] > found["params"]["trained_without_head"] and found["seconds"] > 0
     assert "backbone" in err
 
