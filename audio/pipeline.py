@@ -205,7 +205,7 @@ class AudioDomain:
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """audio.md section 2: widths and sites; rates that trained well on small sets."""
         settings = {"bottleneck": {"bottleneck": 12}}.get(method, {})
-        lr = {"full": 3e-4, "linear": 1e-3}.get(method, 5e-3)
+        lr = {"full": 3e-4, "linear": 1e-3, "prompt": 1e-2, "prefix": 1e-2}.get(method, 5e-3)
         return {"method_settings": settings, "plan": {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 10}}
 
     def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:

@@ -144,13 +144,19 @@ def rows_named(manifest: Manifest) -> Iterator[None]:
 
 
 def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Recipe:
-    """Domain defaults below the recipe's own settings, then what the data decides, then every field written out."""
+    """Domain defaults below the recipe's own settings, then what the data decides, then every field written out.
+
+    Of the learning rate: plan.lr before the recipe's `rates` before the domain's default.
+    """
     if not recipe.backbone:
         raise UsageError(f"no backbone: name one with --backbone (adapt {domain.name} info lists them)")
     if not recipe.method:
         raise UsageError(f"no method: name one with --method (adapt {domain.name} info lists them)")
     sections = {**domain.sections, "method_settings": method_class(recipe.method)}
     given = domain.defaults(recipe.method)
+    rate = recipe.rates.get(recipe.method, recipe.rates.get("default"))
+    if rate is not None:
+        given["plan"] = {**given["plan"], "lr": rate}
     recipe = replace(recipe, **{name: {**values, **getattr(recipe, name)} for name, values in given.items()})
     return recipes.resolved(domain.settle(recipe, paths), sections)
 

@@ -50,6 +50,7 @@ class Recipe:
     front_end: dict = field(default_factory=dict)
     augment: dict = field(default_factory=dict)
     plan: dict = field(default_factory=dict)
+    rates: dict = field(default_factory=dict)  # method or "default" -> plan.lr where that is not set, as papers have it
     head: dict = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     notes: str = ""
