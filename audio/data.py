@@ -17,6 +17,7 @@ from adaptsuite.errors import DataError
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 RATES_HZ = (1000, 768000)
 CHUNK = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+HEADER_SLOP = 64  # bytes: some programs count headers as sound
 UNKNOWN_LENGTH = 0x7FFFF000  # what programs write that pipe a wav: from here on, all that follows is sound
 FULL_SCALE, CLIPPED_SHARE = 0.9999, 1e-3  # a file is clipped when more than this share of it is at full scale
 CACHE_BYTES = 2 << 30  # decoded clips kept in memory; beyond it files are read again
@@ -55,7 +56,7 @@ def inspect(path: Path) -> Clip:
     if info.frames <= 0:
         raise DataError(f"{path}: the file holds no samples")
     said = CHUNK.search(info.extra_info)  # wav and aiff; libsndfile reads what is there and does not complain
-    if said and int(said[2]) < int(said[1]) < UNKNOWN_LENGTH:
+    if said and int(said[2]) + HEADER_SLOP < int(said[1]) < UNKNOWN_LENGTH:
         raise DataError(f"{path}: truncated, {said[2]} of {said[1]} bytes of sound are there")
     return Clip(path, info.samplerate, info.channels, info.frames)
 
@@ -196,6 +197,11 @@ class Windows:
                 silent.append(clip.path.name)
             elif (sound.abs() >= FULL_SCALE).float().mean() > CLIPPED_SHARE:
                 clipped.append(clip.path.name)
+        if away := sum(self._key(i) not in self._cache for i in range(len(self))):
+            found.append(
+                f"{away} of {len(self)} clips do not fit into memory and are read each time: "
+                "a damaged one stops the run at its turn, unless `check` or --skip-bad found it before"
+            )
         for names, what in ((silent, "digital silence"), (clipped, "clipped")):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""

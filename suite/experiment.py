@@ -392,7 +392,7 @@ def run(
         warnings=[
             *result["warnings"],
             *skipped_rows(manifest),
-            *(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes)),
+            *dict.fromkeys(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes)),
         ],
         extra=outcomes[0].extra,
         seeds=recipe.seeds,

@@ -203,7 +203,7 @@ def _score_table(run: Run) -> list[dict[str, Any]]:
     rows = [{"metric": _words(n), **{full[p]: run.metrics[p].get(n) for p in parts}} for n in names]
     for row, name in zip(rows, names, strict=True):  # of the part that counts
         spread = run.metrics[parts[0]].get(name, {}).get("spread", {})
-        row |= {f"over {key}": plus_minus(own) for key, own in spread.items()}
+        row |= {f"{full[parts[0]]} over {key}": plus_minus(own) for key, own in spread.items()}
     return rows
 
 

@@ -205,6 +205,7 @@ def test_memory_for_decoded_clips_is_bounded_and_nothing_is_lost(tmp_path, monke
     dataset = audio_data.Windows(paths, None, RATE, RATE, cache)
     dataset.load()
     assert len(cache) == 5 and cache.bytes == 5 * 6400 * 4
+    assert dataset.remarks()[0].startswith("7 of 12 clips do not fit into memory")
     for i in (0, 11):
         expected = audio_data.read(paths[i], RATE)
         assert (dataset[i]["wave"][:6400] == expected).all()

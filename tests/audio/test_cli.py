@@ -198,7 +198,9 @@ def test_multilabel_tables_are_learnt(adapt, backbone, data, tmp_path):
     table = data.parent / "multi.csv"
     write_table(table, rows)
     options = ("--data", table, "--backbone", backbone, "--method", "linear", "--test", "fold=2", "--epochs", 2)
-    found, _ = adapt("train", *options, "--set", "data.task=multilabel", "--out", tmp_path / "m", "--json")
+    settings = ("data.task=multilabel", "head.loss=asymmetric", "plan.balanced=true", "augment.mixup=0.4")
+    settings = [part for setting in settings for part in ("--set", setting)]
+    found, _ = adapt("train", *options, *settings, "--out", tmp_path / "m", "--json")
     assert "map" in found["metrics"]["test"]
     found, _ = adapt("predict", tmp_path / "m", data.parent / "low0.wav", "--json")
     assert sum(found["predictions"][0]["scores"].values()) != pytest.approx(1, abs=1e-3)

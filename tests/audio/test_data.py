@@ -134,6 +134,7 @@ def test_long_clips_give_several_items_whose_scores_are_averaged(write):
     data = Windows([short, long], np.array([0, 1]), RATE, RATE)
     assert data.rows.tolist() == [0, 1, 1, 1]
     assert [int(data[i]["length"]) for i in range(4)] == [4800, RATE, RATE, RATE]
+    assert data.item_targets.tolist() == [0, 1, 1, 1]
     assert not data[0]["wave"][4800:].any() and int(data[3]["label"]) == 1
     scores = data.mean_by_row(np.array([[1.0, 0], [3, 0], [0, 3], [0, 0]]))
     assert scores.tolist() == [[1, 0], [1, 1]]
