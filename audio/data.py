@@ -14,7 +14,15 @@ from torch import Tensor
 
 from adaptsuite.errors import DataError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+FORMATS = {  # by suffix, in libsndfile's words
+    ".wav": ("WAV", "WAVEX", "RF64", "W64"),
+    ".flac": ("FLAC",),
+    ".ogg": ("OGG",),
+    ".mp3": ("MP3",),
+    ".aiff": ("AIFF",),
+    ".aif": ("AIFF",),
+}
+SUFFIXES = tuple(FORMATS)
 RATES_HZ = (1000, 768000)
 CHUNK = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 HEADER_SLOP = 64  # bytes: some programs count headers as sound
@@ -31,6 +39,7 @@ class Clip:
     rate_hz: int
     channels: int
     samples: int  # per channel
+    format: str = "WAV"  # libsndfile's name of what the file holds, whatever its suffix
 
     @property
     def seconds(self) -> float:
@@ -58,7 +67,7 @@ def inspect(path: Path) -> Clip:
     said = CHUNK.search(info.extra_info)  # wav and aiff; libsndfile reads what is there and does not complain
     if said and int(said[2]) + HEADER_SLOP < int(said[1]) < UNKNOWN_LENGTH:
         raise DataError(f"{path}: truncated, {said[2]} of {said[1]} bytes of sound are there")
-    return Clip(path, info.samplerate, info.channels, info.frames)
+    return Clip(path, info.samplerate, info.channels, info.frames, info.format)
 
 
 def read(path: Path, rate_hz: int, start_s: float = 0.0, seconds: float | None = None) -> Tensor:
@@ -202,7 +211,12 @@ class Windows:
                 f"{away} of {len(self)} clips do not fit into memory and are read each time: "
                 "a damaged one stops the run at its turn, unless `check` or --skip-bad found it before"
             )
-        for names, what in ((silent, "digital silence"), (clipped, "clipped")):
+        lying = [c.path.name for c in self.clips if c.format not in FORMATS.get(c.path.suffix.lower(), (c.format,))]
+        for names, what in (
+            (silent, "digital silence"),
+            (clipped, "clipped"),
+            (lying, "of another format than their suffix says, and read as what they are"),
+        ):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 found.append(f"{len(names)} of {len(self.clips)} files are {what}: {', '.join(names[:5])}{more}")

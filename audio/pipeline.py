@@ -212,6 +212,7 @@ class AudioDomain:
         """Fixes the input's length: as given, else the longest clip's, at most `longest_frames`. Reads the noises."""
         noise = recipe.augment.get("noise")
         if paths and noise and noise not in COLOURS:
+            recordings.cache_clear()  # the folder as it is now
             recordings(noise)  # a file that cannot be used is told now, not at its turn
         if recipe.front_end.get("frames") is not None or not paths:
             return recipe

@@ -481,7 +481,7 @@ def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[s
         return score(outputs, manifest.subset(rows).targets(manifest.classes), manifest.task, probabilities=False)
 
     metrics = _evaluate(manifest, *together(seen))
-    seeds, folds = ({key(o): None for o in seen} for key in (lambda o: o.seed, lambda o: o.fold.name))
+    seeds, folds = {o.seed for o in seen}, dict.fromkeys(o.fold.name for o in seen)
     by_seed = [values([o for o in seen if o.seed == seed]) for seed in seeds] if len(seeds) > 1 else []
     by_fold = [[values([o]) for o in seen if o.fold.name == name] for name in folds] if len(folds) > 1 else []
     for name, found in metrics.items():

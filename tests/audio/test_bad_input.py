@@ -167,6 +167,16 @@ def test_silence_and_clipping_are_used_and_said(adapt, adapter, tmp_path):
     assert "digital silence: 2.wav" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_sound_with_the_suffix_of_another_format_is_read_and_said(adapt, adapter, tmp_path):
+    table = good(tmp_path)
+    soundfile.write(tmp_path / "x.flac", tone(), RATE)
+    (tmp_path / "x.flac").rename(tmp_path / "2.wav")
+    found, _ = adapt("evaluate", adapter, "--data", table, "--test", "fold=2", "--json")
+    assert found["warnings"] == [
+        "1 of 4 files are of another format than their suffix says, and read as what they are: 2.wav"
+    ]
+
+
 def test_other_rates_and_channels_are_said_once_with_their_counts(adapt, tmp_path):
     table = good(tmp_path)
     for i in (0, 1, 2):

@@ -9,9 +9,10 @@ from torch import nn
 
 from adaptsuite.audio import noise
 from adaptsuite.audio.noise import noise_like, recordings
-from adaptsuite.audio.pipeline import AudioTask, AugmentSettings
+from adaptsuite.audio.pipeline import DOMAIN, AudioTask, AugmentSettings
 from adaptsuite.errors import DataError, UsageError
 from adaptsuite.losses import asymmetric
+from adaptsuite.recipe import Recipe
 
 RATE = 16000
 
@@ -122,6 +123,14 @@ def test_the_loss_is_chosen_by_the_task_and_by_name():
     torch.testing.assert_close(single, F.cross_entropy(logits, torch.tensor([0, 1, 2, 0])))
     with pytest.raises(UsageError, match="head.loss=asymmetric .* data.task=multilabel"):
         AudioTask("abc", loss="asymmetric")
+
+
+def test_a_run_reads_the_folder_as_it_is_now_and_stops_at_a_bad_file(folder):
+    table = Recipe("audio", augment={"noise": str(folder)}, front_end={"frames": 50})
+    DOMAIN.settle(table, [folder / "up.wav"])
+    (folder / "bad.wav").write_bytes(b"")
+    with pytest.raises(DataError, match="bad.wav: the file is empty"):
+        DOMAIN.settle(table, [folder / "up.wav"])
 
 
 def test_ratios_in_the_wrong_order_are_refused():
