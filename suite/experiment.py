@@ -661,6 +661,7 @@ def budget_of(domain: Domain, recipe: Recipe):
 def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[str], dict[str, Any]]:
     """What training by a settled recipe would do, parameters first: lines for a terminal and the same as a table."""
     folds = _folds(manifest, recipe.data, recipe.seeds[0])
+    domain.task(recipe, manifest.classes)  # refuses settings that exclude each other
     handle = adapt(domain, recipe, manifest.classes)
     c = handle.parameters_count()
     share, roles = c["trained"] / c["total"], Counter(s.role for s in handle.sites)

@@ -116,6 +116,12 @@ def test_doctor_says_alive(adapt, backbone):
     assert "alive" in adapt("doctor", "--backbone", backbone, "--method", "bottleneck")[0]
 
 
+def test_a_dry_run_refuses_a_loss_for_several_labels_where_there_is_one(adapt, backbone, data):
+    options = ("--data", data, "--backbone", backbone, "--method", "lora", "--test", "fold=2", "--dry-run")
+    _, err = adapt("train", *options, "--set", "head.loss=asymmetric", code=2)
+    assert "data.task=multilabel" in err and len(err.strip().splitlines()) == 1
+
+
 def test_a_dry_run_trains_nothing(adapt, backbone, data, tmp_path):
     out = tmp_path / "run"
     options = ("--data", data, "--backbone", backbone, "--method", "lora", "--test", "fold=2", "--out", out)
