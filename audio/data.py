@@ -1,6 +1,8 @@
 """Audio files to tensors: mono float32 at the backbone's rate, cut into windows of one input length."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,20 @@ from torch import Tensor
 
 from adaptsuite.errors import DataError
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+FORMATS = {  # by suffix, in libsndfile's words
+    ".wav": ("WAV", "WAVEX", "RF64", "W64"),
+    ".flac": ("FLAC",),
+    ".ogg": ("OGG",),
+    ".mp3": ("MP3",),
+    ".aiff": ("AIFF",),
+    ".aif": ("AIFF",),
+}
+SUFFIXES = tuple(FORMATS)
 RATES_HZ = (1000, 768000)
+CHUNK = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+HEADER_SLOP = 64  # bytes: some programs count headers as sound
+UNKNOWN_LENGTH = 0x7FFFF000  # what programs write that pipe a wav: from here on, all that follows is sound
+FULL_SCALE, CLIPPED_SHARE = 0.9999, 1e-3  # a file is clipped when more than this share of it is at full scale
 CACHE_BYTES = 2 << 30  # decoded clips kept in memory; beyond it files are read again
 
 
@@ -25,6 +39,7 @@ class Clip:
     rate_hz: int
     channels: int
     samples: int  # per channel
+    format: str = "WAV"  # libsndfile's name of what the file holds, whatever its suffix
 
     @property
     def seconds(self) -> float:
@@ -49,7 +64,10 @@ def inspect(path: Path) -> Clip:
         raise DataError(f"{path}: {info.channels} channels, 1 to 32 can be mixed to mono")
     if info.frames <= 0:
         raise DataError(f"{path}: the file holds no samples")
-    return Clip(path, info.samplerate, info.channels, info.frames)
+    said = CHUNK.search(info.extra_info)  # wav and aiff; libsndfile reads what is there and does not complain
+    if said and int(said[2]) + HEADER_SLOP < int(said[1]) < UNKNOWN_LENGTH:
+        raise DataError(f"{path}: truncated, {said[2]} of {said[1]} bytes of sound are there")
+    return Clip(path, info.samplerate, info.channels, info.frames, info.format)
 
 
 def read(path: Path, rate_hz: int, start_s: float = 0.0, seconds: float | None = None) -> Tensor:
@@ -85,14 +103,14 @@ def survey(path: Path) -> dict[str, Any]:
     while at < clip.samples:
         piece = read(path, clip.rate_hz, at / clip.rate_hz, block / clip.rate_hz).abs()
         peak = max(peak, float(piece.max()))
-        clipped += int((piece >= 0.9999).sum())
+        clipped += int((piece >= FULL_SCALE).sum())
         at += block
     remarks = []
     if peak == 0:
         remarks.append("digital silence")
     elif peak < 1e-3:
         remarks.append(f"very quiet, peak {peak:.1e}")
-    if clipped > 1e-3 * clip.samples:
+    if clipped > CLIPPED_SHARE * clip.samples:
         remarks.append(f"clipped, {clipped / clip.samples:.1%} of the samples at full scale")
     if clip.seconds < 0.025:
         remarks.append(f"shorter than one frame, {clip.seconds * 1000:.0f} ms")
@@ -103,12 +121,30 @@ def _reason(error: Exception) -> str:
     return str(error).rpartition(": ")[2].strip().rstrip(".") or type(error).__name__
 
 
+def _counts(found: Counter, unit: str) -> str:
+    """`120 files of 44100 Hz, 3 of 8000 Hz`, most frequent first."""
+    (first, n), *others = found.most_common()
+    return ", ".join([f"{n} file{'s' * (n > 1)} of {first} {unit}", *(f"{n} of {value} {unit}" for value, n in others)])
+
+
 def window_starts(seconds: float, window_s: float) -> list[float]:
     """Starts in seconds of windows that cover a clip; the last one ends where the clip ends, so it may overlap."""
     if seconds <= window_s * 1.02:  # a few samples more than a window are not worth a second one
         return [0.0]
     count = math.ceil(seconds / window_s)
     return [min(i * window_s, seconds - window_s) for i in range(count)]
+
+
+class Cache(dict):
+    """Decoded clips, up to CACHE_BYTES; what is beyond is read again each time."""
+
+    bytes = 0
+
+    def keep(self, key: Any, wave: Tensor) -> bool:
+        """Whether it is kept."""
+        if key not in self and self.bytes + wave.nbytes <= CACHE_BYTES:
+            self[key], self.bytes = wave, self.bytes + wave.nbytes
+        return key in self
 
 
 class Windows:
@@ -124,30 +160,85 @@ class Windows:
         targets: np.ndarray | None,
         rate_hz: int,
         num_samples: int,
-        cache: dict[Any, Tensor] | None = None,
+        cache: Cache | None = None,
     ):
         self.paths, self.rate_hz, self.num_samples = list(paths), rate_hz, num_samples
+        self.clips = [inspect(path) for path in self.paths]
         self.targets = None if targets is None else torch.as_tensor(targets)
         self.items = [
             (row, start)
-            for row, path in enumerate(self.paths)
-            for start in window_starts(inspect(path).seconds, num_samples / rate_hz)
+            for row, clip in enumerate(self.clips)
+            for start in window_starts(clip.seconds, num_samples / rate_hz)
         ]
         self.rows = np.array([row for row, _ in self.items])
-        self._cache = {} if cache is None else cache  # shared by the parts and folds of one run
-        self._keep = len(self.items) * num_samples * 4 <= CACHE_BYTES
+        self._cache = Cache() if cache is None else cache  # shared by the parts and folds of one run
+
+    @property
+    def item_targets(self) -> np.ndarray | None:
+        """(windows,) or (windows, K) targets, without reading a file."""
+        return None if self.targets is None else self.targets.numpy()[self.rows]
+
+    def load(self) -> None:
+        """Reads into memory as much as fits: what is damaged there is found now. Raises DataError."""
+        for index in range(len(self)):
+            if not self._cache.keep(self._key(index), self._wave(index)):
+                return
+
+    def remarks(self) -> list[str]:
+        """What was changed in these files or makes them doubtful; of their sound, as far as it is in memory."""
+        found, rate = [], self.rate_hz
+        if others := Counter(c.rate_hz for c in self.clips if c.rate_hz != rate):
+            found.append(f"resampled: {_counts(others, 'Hz')} to {rate} Hz")
+        if channels := Counter(c.channels for c in self.clips if c.channels > 1):
+            found.append(f"mixed to mono: {_counts(channels, 'channels')}")
+        if narrow := sum(n for hz, n in others.items() if hz < rate):
+            found.append(
+                f"{narrow} of {len(self.clips)} files are sampled below the model's {rate} Hz: "
+                "the upper part of what it listens to is empty"
+            )
+        silent, clipped, ends = [], [], np.searchsorted(self.rows, np.arange(len(self.clips) + 1))
+        for clip, first, last in zip(self.clips, ends, ends[1:], strict=False):
+            waves = [self._cache.get(self._key(i)) for i in range(first, last)]
+            if any(wave is None for wave in waves):
+                continue
+            sound = torch.cat(waves)
+            if not sound.any():
+                silent.append(clip.path.name)
+            elif (sound.abs() >= FULL_SCALE).float().mean() > CLIPPED_SHARE:
+                clipped.append(clip.path.name)
+        if away := sum(self._key(i) not in self._cache for i in range(len(self))):
+            found.append(
+                f"{away} of {len(self)} clips do not fit into memory and are read each time: "
+                "a damaged one stops the run at its turn, unless `check` or --skip-bad found it before"
+            )
+        lying = [c.path.name for c in self.clips if c.format not in FORMATS.get(c.path.suffix.lower(), (c.format,))]
+        for names, what in (
+            (silent, "digital silence"),
+            (clipped, "clipped"),
+            (lying, "of another format than their suffix says, and read as what they are"),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                found.append(f"{len(names)} of {len(self.clips)} files are {what}: {', '.join(names[:5])}{more}")
+        return found
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def _key(self, index: int) -> tuple[Path, float, int, int]:
         row, start = self.items[index]
-        key = (self.paths[row], start, self.num_samples)
-        wave = self._cache.get(key)
+        return self.paths[row], start, self.num_samples, self.rate_hz
+
+    def _wave(self, index: int) -> Tensor:
+        wave = self._cache.get(self._key(index))
         if wave is None:
+            row, start = self.items[index]
             wave = read(self.paths[row], self.rate_hz, start, self.num_samples / self.rate_hz)[: self.num_samples]
-            if self._keep:
-                self._cache[key] = wave
+            self._cache.keep(self._key(index), wave)
+        return wave
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, wave = self.rows[index], self._wave(index)
         padded = torch.nn.functional.pad(wave, (0, self.num_samples - len(wave)))
         item = {"wave": padded, "length": len(wave), "item": index}
         return item if self.targets is None else {**item, "label": self.targets[row]}

@@ -71,23 +71,51 @@ def gain(wave: Tensor, db: float) -> Tensor:
     return wave * 10 ** ((torch.rand(len(wave), 1, device=wave.device) * 2 - 1) * db / 20)
 
 
-def roll(wave: Tensor) -> Tensor:
-    """Every clip of wave (B, N) shifted around by its own number of samples."""
-    shift = torch.randint(wave.shape[1], (len(wave), 1), device=wave.device)
-    return wave.gather(1, (torch.arange(wave.shape[1], device=wave.device) + shift) % wave.shape[1])
+def roll(wave: Tensor, length: Tensor | None = None) -> Tensor:
+    """Every clip of wave (B, N) shifted around by its own number of samples.
+
+    length (B,): the samples that are real. They alone go around: padding inside a clip would be taken for sound.
+    """
+    at = torch.arange(wave.shape[1], device=wave.device)
+    size = torch.full_like(wave[:, :1], wave.shape[1], dtype=torch.long) if length is None else length[:, None]
+    shift = (torch.rand(len(wave), 1, device=wave.device) * size).long()
+    return wave.gather(1, torch.where(at < size, (at + shift) % size, at))
 
 
-def spec_augment(x: Tensor, freq_mask: int, time_mask: int) -> Tensor:
+def add_noise(wave: Tensor, noise: Tensor, snr_db: Tensor, length: Tensor | None = None) -> Tensor:
+    """wave + noise, both (B, N), the noise scaled to snr_db (B,) below each clip's mean power.
+
+    length (B,): the samples that are real; powers are theirs, and padding stays silent, as it is in evaluation. A clip
+    of digital silence has no signal to be so far above the noise, and stays as it is.
+    """
+    if length is not None:
+        noise = noise * (torch.arange(wave.shape[1], device=wave.device) < length[:, None])
+    power, noise_power = ((x**2).sum(1, keepdim=True) for x in (wave, noise))
+    scale = (power / noise_power.clamp(min=1e-12) / 10 ** (snr_db[:, None] / 10)).sqrt()
+    return wave + scale * noise
+
+
+def coloured_noise(wave: Tensor, exponent: float) -> Tensor:
+    """Gaussian noise of wave's shape (B, N), power falling as 1 / frequency^exponent: 0 is white, 1 is pink."""
+    spectrum = torch.fft.rfft(torch.randn_like(wave))
+    frequency = torch.arange(spectrum.shape[1], device=wave.device).clamp(min=1)
+    return torch.fft.irfft(spectrum * frequency ** (-exponent / 2), wave.shape[1])
+
+
+def spec_augment(x: Tensor, freq_mask: int, time_mask: int, frames: Tensor | None = None) -> Tensor:
     """One band of up to `freq_mask` bins and one of up to `time_mask` frames per clip set to the mean, which is 0 here
-    (Park et al. 2019, arXiv:1904.08779). x (B, T, F), normalised."""
-    for dim, widest in ((1, time_mask), (2, freq_mask)):
+    (Park et al. 2019, arXiv:1904.08779). x (B, T, F), normalised. frames (B,): the real ones; padding is not masked.
+    """
+    real = torch.full_like(x[:, :1, 0], x.shape[1]) if frames is None else frames[:, None].clamp(max=x.shape[1])
+    padding = torch.arange(x.shape[1], device=x.device) >= real  # (B, T)
+    for dim, widest, size in ((1, time_mask, real), (2, freq_mask, torch.full_like(real, x.shape[2]))):
         if widest:
-            size = x.shape[dim]
-            width = (torch.rand(len(x), 1, device=x.device) * (min(widest, size) + 1)).floor()
+            width = (torch.rand(len(x), 1, device=x.device) * (size.clamp(max=widest) + 1)).floor()
             start = torch.rand(len(x), 1, device=x.device) * (size - width)
-            at = torch.arange(size, device=x.device)
-            masked = (at >= start) & (at < start + width)  # (B, size)
-            x = x.masked_fill(masked[:, :, None] if dim == 1 else masked[:, None], 0.0)
+            at = torch.arange(x.shape[dim], device=x.device)
+            masked = (at >= start) & (at < start + width)  # (B, T) or (B, F)
+            masked = masked[:, :, None] if dim == 1 else masked[:, None]
+            x = x.masked_fill(masked & ~padding[:, :, None], 0.0)
     return x
 
 

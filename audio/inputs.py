@@ -101,7 +101,8 @@ class AstInput(Input):
         return normalise(x, self.front_end.mean, self.front_end.std)
 
     def frames(self, length: Tensor) -> Tensor:
-        return (length - FRAME) // HOP + 1
+        """(B,) frames that `length` samples fill."""
+        return (length.clamp_min(FRAME) - FRAME) // HOP + 1
 
     def mask(self, length: Tensor) -> Tensor | None:
         return None if self.zero_padding else super().mask(length)

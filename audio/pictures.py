@@ -34,8 +34,10 @@ def routers(handle: Handle, dataset: Windows) -> list[dict[str, Any]]:
     choosy = min(looks, key=lambda look: look.diagnostics.get("dispatch_entropy", 2.0))
     if choosy.dispatch is not None:
         text = f"Dispatch weights of {choosy.site}, the site that chooses most, over the spectrogram."
-        for row, features, dispatch in zip(dataset.rows, choosy.features, choosy.dispatch[:PICTURED], strict=False):
-            name, picture = dataset.paths[row].name, experts_over(features, dispatch, handle.model.input)
+        items = spread(len(dataset))
+        for at in np.unique(np.linspace(0, len(items) - 1, PICTURED).astype(int)):
+            name = dataset.paths[dataset.rows[items[at]]].name
+            picture = experts_over(choosy.features[at], choosy.dispatch[at], handle.model.input)
             found.append({"title": f"What the experts listen to in {name}", "text": text, "figure": picture})
     return found
 
@@ -51,14 +53,14 @@ class RouterLook:
 
 
 def router_looks(handle: Handle, dataset: Windows) -> list[RouterLook]:
-    """One look per mixture of the adapter, on the first clips of the data set."""
+    """One look per mixture of the adapter, on a few clips of the data set."""
     branches = {k: b for k, b in handle.adapter.branches.items() if hasattr(b, "diagnostics")}
     if not branches:
         return []
     found: list[RouterLook] = []
     model = handle.model
     device = next(model.parameters()).device
-    items = [dataset[i] for i in range(min(CLIPS, len(dataset)))]
+    items = [dataset[i] for i in spread(len(dataset))]
     batch = {k: torch.stack([torch.as_tensor(i[k]) for i in items]).to(device) for k in ("wave", "length")}
     rows, columns = model.input.grid
     with torch.no_grad():
@@ -85,6 +87,11 @@ def router_looks(handle: Handle, dataset: Windows) -> list[RouterLook]:
         for h in hooks:
             h.remove()
     return found
+
+
+def spread(size: int) -> list[int]:
+    """Up to CLIPS items from all over a data set, whose rows often come class by class."""
+    return np.unique(np.linspace(0, size - 1, min(CLIPS, size)).astype(int)).tolist()
 
 
 def attention(dispatch: Tensor, heard: Input) -> tuple[np.ndarray, np.ndarray]:

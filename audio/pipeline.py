@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.audio.backbones import load
-from adaptsuite.audio.data import SUFFIXES, Windows, inspect, survey
-from adaptsuite.audio.features import Fbank, gain, roll, spec_augment
+from adaptsuite.audio.data import CACHE_BYTES, SUFFIXES, Cache, Clip, Windows, inspect, survey
+from adaptsuite.audio.features import Fbank, add_noise, gain, roll, spec_augment
 from adaptsuite.audio.heads import HfHead, LinearHead, PrototypeHead, pooled
 from adaptsuite.audio.inputs import AstInput, FrontEnd, Input
+from adaptsuite.audio.noise import COLOURS, noise_like, recordings
 from adaptsuite.bank import BANK, Context
 from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle
+from adaptsuite.losses import asymmetric
 from adaptsuite.metrics import score
 from adaptsuite.recipe import Recipe
 
@@ -40,18 +42,25 @@ class HeadSettings:
     pool: str | None = None  # linear: of cls, mean, std, max over all tokens, joined by +; None: the backbone's own
     prototypes: int = 20  # a class
     start: Literal["probe", "random"] = "probe"  # from a logistic regression on frozen features (arXiv:2202.10054)
+    loss: Literal["auto", "asymmetric"] = "auto"  # auto: cross-entropy, or binary cross-entropy for several labels
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Section `augment` of a recipe: what happens to training clips."""
+    """Section `augment` of a recipe: what happens to training clips, to their real part only, never to padding."""
 
     freq_mask: int = 0  # widest SpecAugment mask in mel bins
     time_mask: int = 0  # widest SpecAugment mask in frames
-    mixup: float = 0.0  # alpha of the Beta distribution; 0: off
+    mixup: float = 0.0  # alpha of the Beta distribution; 0: off. Targets are mixed as the waves are, labels too
     gain_db: float = 0.0  # uniform in +- gain_db
     roll: bool = False  # circular shift of the waveform by any number of samples
-    label_smoothing: float = 0.0
+    noise: str = ""  # a folder of recordings, white or pink, mixed into every clip; empty: off
+    noise_snr_db: tuple[float, float] = (5.0, 20.0)  # lowest and highest signal-to-noise ratio, drawn for each clip
+    label_smoothing: float = 0.0  # share of the target given to all classes alike; to 1/2 each for several labels
+
+    def __post_init__(self) -> None:
+        if self.noise_snr_db[0] > self.noise_snr_db[1]:
+            raise UsageError(f"augment.noise_snr_db={self.noise_snr_db}: expected the lower ratio first")
 
 
 class AudioModel(nn.Module):
@@ -120,19 +129,28 @@ class AudioModel(nn.Module):
             return self.embed(wave, length)
         features = self.features(wave, length)
         if any(spec_masks):
-            features = spec_augment(features, *spec_masks)
+            features = spec_augment(features, *spec_masks, None if length is None else self.input.frames(length))
         tokens, mask = self.tokens(features, length)
         return self.head(self.head.read(tokens, mask, self.input))
 
 
 class AudioTask:
-    """Classification of clips: cross-entropy for one label, binary cross-entropy for several."""
+    """Classification of clips: cross-entropy for one label, binary cross-entropy or the asymmetric loss for several."""
 
     target = "label"
 
-    def __init__(self, classes: Sequence[str], task: str = "multiclass", augment: AugmentSettings | None = None):
+    def __init__(
+        self,
+        classes: Sequence[str],
+        task: str = "multiclass",
+        augment: AugmentSettings | None = None,
+        loss: str = "auto",
+    ):
         if task not in ("multiclass", "multilabel"):
             raise UsageError(f"audio: task {task!r} is not known; it is multiclass or multilabel")
+        if loss == "asymmetric" and task != "multilabel":
+            raise UsageError("head.loss=asymmetric is for several labels a clip: add --set data.task=multilabel")
+        self.of_labels = asymmetric if loss == "asymmetric" else F.binary_cross_entropy_with_logits
         self.classes, self.task, self.augment = tuple(classes), task, augment or AugmentSettings()
         self.monitor = "accuracy" if task == "multiclass" else "map"
 
@@ -143,15 +161,19 @@ class AudioTask:
         if a.gain_db:
             wave = gain(wave, a.gain_db)
         if a.roll:
-            wave = roll(wave)
-        if a.mixup:
+            wave = roll(wave, length)
+        if a.mixup:  # of several labels too: AST's code gives each its share and takes no union
             share = float(np.random.beta(a.mixup, a.mixup))
             other = torch.randperm(len(wave), device=wave.device)
             wave, target = share * wave + (1 - share) * wave[other], share * target + (1 - share) * target[other]
             length = torch.maximum(length, length[other])
+        if a.noise:
+            low, high = a.noise_snr_db
+            snr_db = low + (high - low) * torch.rand(len(wave), device=wave.device)
+            wave = add_noise(wave, noise_like(wave, a.noise), snr_db, length)
         logits = model(wave, length, (a.freq_mask, a.time_mask))
         if self.task == "multilabel":
-            loss = F.binary_cross_entropy_with_logits(logits, target)
+            loss = self.of_labels(logits, target * (1 - a.label_smoothing) + a.label_smoothing / 2)
         else:
             loss = F.cross_entropy(logits, target, label_smoothing=a.label_smoothing)
         return loss + model.head.regulariser() if isinstance(model.head, PrototypeHead) else loss
@@ -182,12 +204,12 @@ class AudioDomain:
     longest_frames = 1024  # what AST was pretrained on; longer clips are read as several windows
 
     def __init__(self):
-        self.cache: dict[Any, Tensor] = {}
+        self.cache = Cache()
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """audio.md section 2: widths and sites; rates that trained well on small sets."""
         settings = {"bottleneck": {"bottleneck": 12}}.get(method, {})
-        lr = {"full": 3e-4, "linear": 1e-3}.get(method, 5e-3)
+        lr = {"full": 3e-4, "linear": 1e-3, "prompt": 1e-2, "prefix": 1e-2}.get(method, 5e-3)
         plan = {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 10}
         if method == "audio.prototypes":  # the paper's, beside the rates that its head scales
             plan |= {"betas": (0.9, 0.95), "weight_decay": 3e-4, "warmup": 0.067, "clip": 2.0}
@@ -195,7 +217,11 @@ class AudioDomain:
         return {"method_settings": settings, "plan": plan}
 
     def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
-        """Fixes the input's length: as given, else the longest clip's, at most `longest_frames`."""
+        """Fixes the input's length: as given, else the longest clip's, at most `longest_frames`. Reads the noises."""
+        noise = recipe.augment.get("noise")
+        if paths and noise and noise not in COLOURS:
+            recordings.cache_clear()  # the folder as it is now
+            recordings(noise)  # a file that cannot be used is told now, not at its turn
         if recipe.front_end.get("frames") is not None or not paths:
             return recipe
         longest = max(inspect(path).seconds for path in paths)
@@ -217,7 +243,8 @@ class AudioDomain:
         return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.cache)
 
     def task(self, recipe: Recipe, classes: Sequence[str]) -> AudioTask:
-        return AudioTask(classes, recipe.data.task, AugmentSettings(**recipe.augment))
+        augment, loss = AugmentSettings(**recipe.augment), recipe.head.get("loss", "auto")
+        return AudioTask(classes, recipe.data.task, augment, loss)
 
     def sample(self, model: AudioModel, batch: int = 2) -> tuple[Tensor, Tensor]:
         """Seeded noises; the last one is half padding, so that masks are used."""
@@ -227,6 +254,17 @@ class AudioDomain:
         length[-1] = max(model.num_samples // 2, 400)
         wave[-1, length[-1] :] = 0
         return wave, length
+
+    def header(self, path: Path) -> Clip:
+        return inspect(path)
+
+    def prepare(self, model: AudioModel, paths: Sequence[Path]) -> list[str]:
+        """Decodes what fits into memory, so that training and scoring do not stop at a damaged file halfway."""
+        if self.cache.bytes > CACHE_BYTES / 2:  # of earlier runs in this process
+            self.cache = Cache()
+        dataset = self.dataset(model, paths, None)
+        dataset.load()
+        return dataset.remarks()
 
     def look(self, path: Path) -> dict[str, Any]:
         """What `check` says of one file, decoded whole; raises DataError where it cannot be used."""

@@ -44,17 +44,48 @@ class Seeded:
         return self.dataset[int(index)]
 
 
-def steps_of_epoch(num_samples: int, batch: int, world: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """A permutation of the samples, cut into steps of `batch`.
+def steps_of_epoch(
+    num_samples: int, batch: int, world: int, seed: int, epoch: int, weights: np.ndarray | None = None
+) -> list[np.ndarray]:
+    """A permutation of the samples, cut into steps of `batch`; with weights (N,) a draw with replacement instead.
 
     A rest too small to give each process two samples (one alone cannot pass a BatchNorm) joins the step before.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(num_samples)
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(num_samples)
+    if weights is not None:
+        order = rng.permutation(_drawn(order, weights, rng.random()))
     cuts = list(range(batch, num_samples, batch))
     rest = num_samples % batch
     if cuts and rest and rest < 2 * world:
         cuts.pop()
     return np.split(order, cuts)
+
+
+def _drawn(order: np.ndarray, weights: np.ndarray, offset: float) -> np.ndarray:
+    """As many draws as samples, sample i in proportion to weights[i].
+
+    Systematic sampling: equally spaced places on the summed weights. A sample that is expected x times comes floor(x)
+    or ceil(x) times, where independent draws would scatter more.
+    """
+    ends = np.cumsum(weights[order])
+    places = (np.arange(len(order)) + offset) * (ends[-1] / len(order))
+    return order[np.searchsorted(ends[:-1], places, side="right")]
+
+
+def balanced_weights(targets: np.ndarray) -> np.ndarray:
+    """(N,) of class numbers (N,) or zeros and ones (N, K): the sum over a sample's labels of 1 / (samples with it).
+
+    With one label each, every class is drawn equally often. With several it is the rule of AST's authors
+    (github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py): rare labels come more often, common ones ride along.
+    A sample without a label is never drawn. Raises DataError where there is no label at all.
+    """
+    targets = np.asarray(targets)
+    hot = targets > 0 if targets.ndim == 2 else targets[:, None] == np.unique(targets)
+    weights = hot @ (1 / np.maximum(hot.sum(0), 1))
+    if not weights.any():
+        raise DataError("balanced=true: no training sample has a label")
+    return weights
 
 
 def chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -38,6 +38,7 @@ Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or
 Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; human lines go to stderr.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows whose file cannot be used, and list them.")]
 AdapterFolder = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or its run's.")]
 
 
@@ -104,6 +105,7 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         val: Val = None,
         cv: Cv = None,
         seed: Seed = None,
+        skip_bad: SkipBad = False,
         as_json: Json = False,
     ) -> None:
         """Read every row and every file of a data set, and say what is wrong before anything is trained."""
@@ -179,6 +181,7 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         device: Device = None,
         size: Size = None,
         out: Out = None,
+        skip_bad: SkipBad = False,
         dry_run: DryRun = False,
         as_json: Json = False,
     ) -> None:
@@ -205,13 +208,17 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         test: Test = None,
         batch_size: BatchSize = None,
         device: Device = None,
+        skip_bad: SkipBad = False,
         as_json: Json = False,
     ) -> None:
         """Score a saved adapter on labelled rows: those of --test, else those with split=test, else all."""
         from adaptsuite import experiment
 
         console = Console(as_json)
-        found = experiment.score_adapter(domain(), adapter_folder(adapter), _data(data), test, device, batch_size)
+        folder = adapter_folder(adapter)
+        found = experiment.score_adapter(domain(), folder, _data(data), test, device, batch_size, skip_bad)
+        console.say(*(f"warning   {text}" for text in found.result["warnings"]))
+        console.say(*(f"skipped   {text}" for text in experiment.skipped_rows(found.subset)))
         console.say(*experiment.summary(found.result))
         console.result(found.result)
 
@@ -277,6 +284,7 @@ def read_recipe(domain, options: dict[str, Any]):
     }
     recipe = _changed(recipe, values)
     data = {"manifest": options.get("data"), **{k: options.get(k) for k in ("test", "val", "cv")}}
+    data["skip_bad"] = options.get("skip_bad") or None
     recipe = _changed(recipe, {"data": _changed(recipe.data, data)})
     plan = {k: options.get(k) for k in ("epochs", "lr", "batch_size", "device")}
     plan = {k: v for k, v in plan.items() if v is not None}

@@ -22,7 +22,7 @@ from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Manifest, load_manifest, matching, split, write_csv
 from adaptsuite.method import method_class
-from adaptsuite.metrics import evaluate, to_probabilities
+from adaptsuite.metrics import evaluate, score, to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.recipe import Recipe
 from adaptsuite.report import Run, comparison_row, read_run, write_run
@@ -63,6 +63,12 @@ class Domain(Protocol):
     def sample(self, model: nn.Module, batch: int = 2) -> Any:
         """Arguments of one forward of the task model, for probe, doctor and budget."""
 
+    def header(self, path: Path) -> Any:
+        """A cheap look at one file, without decoding it. Raises DataError for what is seen to be unusable."""
+
+    def prepare(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
+        """Before any work: reads what fits into memory, and says what its reader should know, such as resampling."""
+
     def look(self, path: Path) -> dict[str, Any]:
         """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
 
@@ -91,11 +97,41 @@ class Outcome:
 
 def settle(domain: Domain, recipe: Recipe) -> tuple[Recipe, Manifest]:
     """The recipe with all defaults written out, and its table. Raises DataError or UsageError before any work."""
+    manifest = read_table(domain, recipe)
+    with rows_named(manifest):
+        return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+
+
+def read_table(domain: Domain, recipe: Recipe) -> Manifest:
+    """The recipe's table, its files looked at (`usable`). Raises DataError or UsageError."""
     if not recipe.data.manifest:
         raise UsageError("no data: name a CSV or a folder of classes with --data")
     manifest = load_manifest(recipe.data.manifest, recipe.data.task, suffixes=domain.suffixes)
+    return usable(domain, manifest, recipe.data.skip_bad)
+
+
+def usable(domain: Domain, manifest: Manifest, skip_bad: bool) -> Manifest:
+    """The table, once every file's header was read; DataError at the first that cannot be used.
+
+    With skip_bad every file is decoded instead, and rows of damaged ones are left out and listed in `skipped`.
+    """
+    if skip_bad:
+        return manifest.without(damaged(domain, manifest))
     with rows_named(manifest):
-        return complete(domain, recipe, [r.path for r in manifest.rows]), manifest
+        for row in manifest.rows:
+            domain.header(row.path)
+    return manifest
+
+
+def damaged(domain: Domain, manifest: Manifest, see: Callable[[Any, dict], None] = lambda row, facts: None):
+    """{row number: why its file cannot be used}, by decoding every file; see(row, facts): of each good one."""
+    bad: dict[int, str] = {}
+    for i, row in enumerate(manifest.rows):
+        try:
+            see(row, domain.look(row.path))
+        except DataError as e:
+            bad[i] = str(e).removeprefix(f"{row.path}: ")
+    return bad
 
 
 @contextlib.contextmanager
@@ -111,13 +147,19 @@ def rows_named(manifest: Manifest) -> Iterator[None]:
 
 
 def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Recipe:
-    """Domain defaults below the recipe's own settings, then what the data decides, then every field written out."""
+    """Domain defaults below the recipe's own settings, then what the data decides, then every field written out.
+
+    Of the learning rate: plan.lr before the recipe's `rates` before the domain's default.
+    """
     if not recipe.backbone:
         raise UsageError(f"no backbone: name one with --backbone (adapt {domain.name} info lists them)")
     if not recipe.method:
         raise UsageError(f"no method: name one with --method (adapt {domain.name} info lists them)")
     sections = {**domain.sections, "method_settings": method_class(recipe.method)}
     given = domain.defaults(recipe.method)
+    rate = recipe.rates.get(recipe.method, recipe.rates.get("default"))
+    if rate is not None:
+        given["plan"] = {**given["plan"], "lr": rate}
     recipe = replace(recipe, **{name: {**values, **getattr(recipe, name)} for name, values in given.items()})
     return recipes.resolved(domain.settle(recipe, paths), sections)
 
@@ -269,6 +311,10 @@ def train(
     start, out = time.perf_counter(), Path(out)
     data, parts, outcomes = recipe.data, Parts(domain, manifest), []
     plans = [(seed, fold) for seed in recipe.seeds for fold in _folds(manifest, data, seed)]
+    used = np.unique(np.concatenate([getattr(fold, part) for _, fold in plans for part in fold.sizes]))
+    remarks = _prepare(domain, domain.model(recipe, manifest.classes), manifest.subset(used))
+    for remark in remarks:
+        say(f"warning   {remark}")
     for seed, fold in plans:
         folder = out
         if len(plans) > 1:
@@ -294,9 +340,20 @@ def train(
         "metrics": metrics,
         "params": outcomes[0].params,
         "adapter": adapters if len(adapters) > 1 or data.cv else adapters[0],
+        "skipped": list(manifest.skipped),
+        "warnings": [*manifest.notes, *remarks],
         "seconds": round(time.perf_counter() - start, 2),
     }
     return result, outcomes
+
+
+def _prepare(domain: Domain, model: nn.Module, manifest: Manifest) -> list[str]:
+    with rows_named(manifest):
+        return domain.prepare(model, [r.path for r in manifest.rows])
+
+
+def skipped_rows(manifest: Manifest) -> list[str]:
+    return [f"{s['row']}: {s['path']} was left out: {s['reason']}" for s in manifest.skipped]
 
 
 def run(
@@ -336,7 +393,11 @@ def run(
         predictions=_predictions(
             manifest.subset(indices), manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names
         ),
-        warnings=[*manifest.notes, *(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes))],
+        warnings=[
+            *result["warnings"],
+            *skipped_rows(manifest),
+            *dict.fromkeys(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes)),
+        ],
         extra=outcomes[0].extra,
         seeds=recipe.seeds,
         seconds=result["seconds"],
@@ -404,27 +465,45 @@ def _evaluate(manifest: Manifest, indices: np.ndarray, outputs: np.ndarray) -> d
 
 
 def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:
-    """Metrics of all rows that a part had over folds and seeds together; with several seeds each one's range too.
+    """Metrics of a part over folds and seeds: {name: {"value", "ci", "range"?, "seeds"?, "spread"?, "note"?}}.
 
-    Intervals resample the groups of the pooled predictions: a group counts once, however many seeds saw it.
+    value: of the rows of all folds together, with several seeds the mean of each seed's.  ci: 95 %, resampling the
+    groups of the pooled predictions: a group counts once, however many seeds saw it.  range, seeds: lowest and highest
+    seed, and how many.  spread: {"folds" and/or "seeds": {"mean", "std", "n"}}, the sample standard deviation over
+    folds (each the mean of its seeds) and over seeds (each over the rows of all folds); no part of the interval.
     """
     seen = [o for o in outcomes if part in o.outputs]
     if not seen:
         return {}
-    rows = np.concatenate([getattr(o.fold, part) for o in seen])
-    metrics = _evaluate(manifest, rows, np.concatenate([o.outputs[part] for o in seen]))
-    seeds = sorted({o.seed for o in seen})
-    if len(seeds) > 1:
-        of_seed = []
-        for seed in seeds:
-            own = [o for o in seen if o.seed == seed]
-            indices = np.concatenate([getattr(o.fold, part) for o in own])
-            of_seed.append(_evaluate(manifest, indices, np.concatenate([o.outputs[part] for o in own])))
-        for name, found in metrics.items():
-            values = [m[name]["value"] for m in of_seed if m[name]["value"] is not None]
-            if values:
-                found |= {"value": float(np.mean(values)), "range": [min(values), max(values)], "seeds": len(values)}
+
+    def together(own: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.concatenate([getattr(o.fold, part) for o in own])
+        return rows, np.concatenate([o.outputs[part] for o in own])
+
+    def values(own: Sequence[Outcome]) -> dict[str, float]:
+        rows, outputs = together(own)
+        return score(outputs, manifest.subset(rows).targets(manifest.classes), manifest.task, probabilities=False)
+
+    metrics = _evaluate(manifest, *together(seen))
+    seeds, folds = {o.seed for o in seen}, dict.fromkeys(o.fold.name for o in seen)
+    by_seed = [values([o for o in seen if o.seed == seed]) for seed in seeds] if len(seeds) > 1 else []
+    by_fold = [[values([o]) for o in seen if o.fold.name == name] for name in folds] if len(folds) > 1 else []
+    for name, found in metrics.items():
+        of_seeds = [m[name] for m in by_seed if name in m]
+        of_folds = [_mean([m[name] for m in runs if name in m]) for runs in by_fold if any(name in m for m in runs)]
+        if of_seeds:
+            found |= {"value": _mean(of_seeds), "range": [min(of_seeds), max(of_seeds)], "seeds": len(of_seeds)}
+        spread = {key: _spread(own) for key, own in (("folds", of_folds), ("seeds", of_seeds)) if len(own) > 1}
+        found |= {"spread": spread} if spread else {}
     return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": _mean(values), "std": float(np.std(values, ddof=1)), "n": len(values)}
 
 
 @dataclass
@@ -447,12 +526,14 @@ def score_adapter(
     test: str | None = None,
     device: str | None = None,
     batch_size: int | None = None,
+    skip_bad: bool = False,
 ) -> Scored:
     """Metrics of a saved adapter on the rows of `test`, else those with split=test, else all of the table."""
     start = time.perf_counter()
     handle, recipe, labels, _ = restore(domain, folder)
     manifest = load_manifest(data, recipe.data.task, suffixes=domain.suffixes)
-    subset = manifest.subset(_test_rows(manifest, test))
+    subset = usable(domain, manifest.subset(_test_rows(manifest, test)), skip_bad)
+    remarks = _prepare(domain, handle.model, subset)
     dataset = domain.dataset(handle.model, [r.path for r in subset.rows], subset.targets(labels))
     outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
     metrics = evaluate(
@@ -463,6 +544,8 @@ def score_adapter(
         "params": handle.parameters_count(),
         "adapter": str(folder),
         "rows": len(subset),
+        "skipped": list(subset.skipped),
+        "warnings": [*subset.notes, *remarks],
         "seconds": round(time.perf_counter() - start, 2),
     }
     return Scored(result, handle, recipe, labels, subset, outputs, dataset)
@@ -508,6 +591,7 @@ def report_adapter(
         data={"table": subset.source.name, "rows": len(subset), "sha256": subset.digest},
         metrics=scored.result["metrics"],
         predictions=_predictions(subset, scored.labels, scored.outputs),
+        warnings=scored.result["warnings"],
         extra=domain.extra(scored.handle, scored.dataset),
         seeds=recipe.seeds,
         seconds=scored.result["seconds"],
@@ -581,6 +665,7 @@ def budget_of(domain: Domain, recipe: Recipe):
 def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[str], dict[str, Any]]:
     """What training by a settled recipe would do, parameters first: lines for a terminal and the same as a table."""
     folds = _folds(manifest, recipe.data, recipe.seeds[0])
+    domain.task(recipe, manifest.classes)  # refuses settings that exclude each other
     handle = adapt(domain, recipe, manifest.classes)
     c = handle.parameters_count()
     share, roles = c["trained"] / c["total"], Counter(s.role for s in handle.sites)
@@ -596,12 +681,18 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
         lines.append(f"split     {fold}")
         lines += [f"note      {note}" for note in fold.notes]
     lines += [f"note      {note}" for note in manifest.notes]
+    lines += [f"skipped   {line}" for line in skipped_rows(manifest)]
     plan = {
         "params": c,
         "recipe": recipes.to_dict(recipe),
         "splits": [{"name": f.name, **f.sizes} for f in folds],
+        "skipped": list(manifest.skipped),
     }
     return lines, plan
+
+
+def _plus_minus(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.3f} ± {spread['std']:.3f} ({spread['n']})"
 
 
 def summary(result: dict[str, Any]) -> list[str]:
@@ -611,12 +702,10 @@ def summary(result: dict[str, Any]) -> list[str]:
         for name, found in result["metrics"].get(part, {}).items():
             if found["value"] is not None:
                 interval = f"  [{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]" if found.get("ci") else ""
-                seeds = (
-                    f"  over {found['seeds']} seeds {found['range'][0]:.3f} to {found['range'][1]:.3f}"
-                    if "range" in found
-                    else ""
-                )
-                lines.append(f"{part:<5} {name:<18} {found['value']:.3f}{interval}{seeds}")
+                spread = "".join(f"  {key} {_plus_minus(own)}" for key, own in found.get("spread", {}).items())
+                lines.append(f"{part:<5} {name:<18} {found['value']:.3f}{interval}{spread}")
+    if any("spread" in found for part in ("test", "val") for found in result["metrics"].get(part, {}).values()):
+        lines.append("in []: 95 % interval over groups; folds, seeds: mean ± standard deviation (how many)")
     adapters = result["adapter"] if isinstance(result["adapter"], list) else [result["adapter"]]
     for folder in adapters:
         size = (Path(folder) / "adapter.safetensors").stat().st_size

@@ -5,8 +5,8 @@ from typing import Any
 
 from adaptsuite import recipe as recipes
 from adaptsuite.errors import DataError
-from adaptsuite.experiment import HEAD, Domain, adapt, complete
-from adaptsuite.manifest import Fold, load_manifest, split
+from adaptsuite.experiment import HEAD, Domain, adapt, complete, damaged, skipped_rows
+from adaptsuite.manifest import Fold, Row, load_manifest, split
 from adaptsuite.method import method_class, methods
 from adaptsuite.recipe import Recipe, shipped_recipes
 from adaptsuite.verify import verify
@@ -62,20 +62,24 @@ def backbone_info(domain: Domain, recipe: Recipe) -> Found:
 def check_data(domain: Domain, recipe: Recipe) -> Found:
     """Every row, every file decoded, and the split that training would use.
 
-    {"ok", "rows", "classes": {label: count}, "groups", "splits", "problems": [...], "warnings": [...], "digest"}; a
-    table that cannot be read at all raises DataError.
+    {"ok", "rows", "classes": {label: count}, "groups", "splits", "problems": [...], "warnings": [...],
+    "skipped": [...], "digest"}; a table that cannot be read at all raises DataError. With data.skip_bad, rows whose
+    files cannot be used are no problems: the rest is described.
     """
     data = recipe.data
     manifest = load_manifest(data.manifest, data.task, suffixes=domain.suffixes)
-    problems, warnings, facts = [], list(manifest.notes), []
-    for row in manifest.rows:
-        try:
-            seen = domain.look(row.path)
-        except DataError as e:
-            problems.append(f"{manifest.where(row)}: {e}")
-            continue
-        warnings += [f"{manifest.where(row)}: {row.rel}: {remark}" for remark in seen.pop("remarks")]
+    problems, warnings, facts = [], [], []
+
+    def see(row: Row, seen: dict[str, Any]) -> None:
+        warnings.extend(f"{manifest.where(row)}: {row.rel}: {remark}" for remark in seen.pop("remarks"))
         facts.append(seen)
+
+    bad = damaged(domain, manifest, see)
+    if data.skip_bad:
+        manifest = manifest.without(bad)
+    else:
+        problems += [f"{manifest.where(manifest.rows[i])}: {manifest.rows[i].path}: {why}" for i, why in bad.items()]
+    warnings = [*manifest.notes, *warnings]
     classes = Counter(label for row in manifest.rows for label in row.labels)
     folds: list[Fold] = []
     try:
@@ -93,6 +97,7 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         "splits": [{"name": fold.name, **fold.sizes} for fold in folds],
         "problems": problems,
         "warnings": warnings,
+        "skipped": list(manifest.skipped),
         "digest": manifest.digest,
     }
     lines = [
@@ -101,6 +106,7 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         *(f"files     {key} {span['min']:g} to {span['max']:g}" for key, span in found["files"].items()),
         *(f"split     {fold}" for fold in folds),
         *(f"warning   {text}" for text in warnings),
+        *(f"skipped   {text}" for text in skipped_rows(manifest)),
         *(f"problem   {text}" for text in problems),
     ]
     return lines, found

@@ -60,6 +60,7 @@ class Manifest:
     task: str = "multiclass"
     columns: tuple[str, ...] = ("path", "label")
     notes: tuple[str, ...] = ()  # what was left out while reading
+    skipped: tuple[Mapping[str, str], ...] = ()  # {"path", "row", "reason"} of rows whose files cannot be used
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -76,6 +77,21 @@ class Manifest:
     def subset(self, indices: Iterable[int]) -> "Manifest":
         """These rows in this order, with the classes of the whole."""
         return replace(self, rows=tuple(self.rows[i] for i in indices))
+
+    def without(self, bad: Mapping[int, str]) -> "Manifest":
+        """The table without the rows of these numbers, which are listed with their reasons in `skipped`."""
+        if not bad:
+            return self
+        if len(bad) == len(self):
+            first = self.rows[min(bad)]
+            raise DataError(
+                f"{self.source.name}: none of its {len(self)} files can be used; {first.rel}: {bad[min(bad)]}"
+            )
+        kept = self.subset(i for i in range(len(self)) if i not in bad)
+        skipped = ({"path": self.rows[i].rel, "row": self.where(self.rows[i]), "reason": why} for i, why in bad.items())
+        note = f"{len(bad)} of {len(self)} rows were left out: their files cannot be used"
+        classes = _classes(kept.rows, self.task)
+        return replace(kept, classes=classes, notes=(*self.notes, note), skipped=(*self.skipped, *skipped))
 
     def column(self, name: str) -> list[str]:
         """One cell a row. Raises UsageError for a column that is not there."""

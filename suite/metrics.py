@@ -168,6 +168,7 @@ METRICS: dict[str, dict[str, Callable]] = {
         "balanced_accuracy": _balanced_accuracy,
         "macro_f1": _macro_f1,
         "auroc": _auroc,
+        "map": _map,
         "log_loss": _log_loss,
         "ece": _ece,
     },

@@ -13,11 +13,13 @@ class Plan:
     epochs: int = 20
     lr: float = 1e-3
     head_lr: float | None = None  # of the task head; None: lr
-    weight_decay: float = 0.05  # not on 1-D tensors: norms, biases, gates
+    weight_decay: float = 0.05  # not on 1-D tensors (norms, biases, gates), unless decay_all
+    decay_all: bool = False  # weight decay on every trained tensor, as some papers' code has it
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     batch_size: int = 32  # samples of one forward pass, all processes together
     accumulate: int = 1  # forward passes per optimiser step
+    balanced: bool = False  # draw the samples of an epoch with replacement, so that classes come equally often
     warmup: float = 0.1  # share of all steps, linear from zero
     schedule: Literal["cosine", "constant"] = "cosine"
     clip: float | None = 1.0  # largest norm of the gradient; None: no limit

@@ -34,6 +34,7 @@ class DataSettings:
     val: Literal["none"] | str | None = None  # the same, or "none": go without
     cv: str | None = None  # COLUMN
     shots: int | None = None  # training rows a class; None: all
+    skip_bad: bool = False  # decode every file first, and leave out rows whose file cannot be used
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Recipe:
     front_end: dict = field(default_factory=dict)
     augment: dict = field(default_factory=dict)
     plan: dict = field(default_factory=dict)
+    rates: dict = field(default_factory=dict)  # method or "default" -> plan.lr where that is not set, as papers have it
     head: dict = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     notes: str = ""

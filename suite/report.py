@@ -48,7 +48,8 @@ WORDS = {
 class Run:
     """Everything that the folder and the page show; what is empty is left out.
 
-    A metric is {"value", "ci": [low, high] or None, "note"?, "range"?}, as `adaptsuite.metrics.evaluate` gives it.
+    A metric is {"value", "ci": [low, high] or None, "note"?}, as `adaptsuite.metrics.evaluate` gives it; over several
+    folds or seeds it also has "spread": {"folds" or "seeds": {"mean", "std", "n"}} (`adaptsuite.experiment.pooled`).
     A table is a list of rows {column: cell}; a cell is text, a number, None or a metric.
     """
 
@@ -170,7 +171,13 @@ def render(run: Run) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell": cell, "words": _words, "tabulate": tabulate, "folded": _folded}
+    environment.filters |= {
+        "cell": cell,
+        "words": _words,
+        "tabulate": tabulate,
+        "folded": _folded,
+        "plus_minus": plus_minus,
+    }
     part = next((name for name in ("test", "val") if run.metrics.get(name)), None)
     view = {
         "run": run,
@@ -202,7 +209,16 @@ def _score_table(run: Run) -> list[dict[str, Any]]:
     parts = [name for name in ("test", "val") if run.metrics.get(name)]
     names = dict.fromkeys(name for part in parts for name in run.metrics[part])
     full = {"test": "test", "val": "validation"}
-    return [{"metric": _words(n), **{full[p]: run.metrics[p].get(n) for p in parts}} for n in names]
+    rows = [{"metric": _words(n), **{full[p]: run.metrics[p].get(n) for p in parts}} for n in names]
+    for row, name in zip(rows, names, strict=True):  # of the part that counts
+        spread = run.metrics[parts[0]].get(name, {}).get("spread", {})
+        row |= {f"{full[parts[0]]} over {key}": plus_minus(own) for key, own in spread.items()}
+    return rows
+
+
+def plus_minus(spread: Mapping[str, float]) -> str:
+    """Mean, standard deviation, and over how many."""
+    return f"{cell(spread['mean'])} ± {cell(spread['std'])} ({spread['n']})"
 
 
 def _fold_table(run: Run, part: str | None) -> list[dict[str, Any]]:

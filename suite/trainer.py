@@ -16,7 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptsuite.batches import Seeded, chunks, data_mark, load, seed_all, short_hash, steps_of_epoch
+from adaptsuite.batches import (
+    Seeded,
+    balanced_weights,
+    chunks,
+    data_mark,
+    load,
+    seed_all,
+    short_hash,
+    steps_of_epoch,
+)
 from adaptsuite.checkpoint import (
     copied,
     flatten_optimizer,
@@ -93,8 +102,9 @@ def fit(
     """Trains what `handle` (None: every parameter that requires a gradient) gives, and leaves the best epoch in place.
 
     train, val: map-style datasets of dicts of tensors, collated by `dataset.collate` or torch's default; val None: the
-    last epoch is kept.  out: folder of checkpoints and log.jsonl; a run found there goes on where it was, and one made
-    with other settings or data is refused.  on_epoch(history row): after each epoch's checkpoint.
+    last epoch is kept. plan.balanced needs `train.item_targets`, (N,) class numbers or (N, K) zeros and ones.
+    out: folder of checkpoints and log.jsonl; a run found there goes on where it was, and one made with other settings
+    or data is refused.  on_epoch(history row): after each epoch's checkpoint.
     SIGINT and SIGTERM write a checkpoint before they take effect.  Sets the global random states.
     Raises UsageError, DataError, ResourceError, and Diverged after plan.max_skips non-finite steps in a row.
     """
@@ -139,6 +149,7 @@ class _Run:
         self.seconds = self.epoch_seconds = 0.0  # of earlier starts
         self.started = self.epoch_started = time.perf_counter()
         self.interrupted = False
+        self.weights = _weights(train) if plan.balanced else None
         self.steps = self._steps(0)
         self.progress = Progress(out, plan, main=self.processes.main)
 
@@ -346,7 +357,7 @@ class _Run:
 
     def _steps(self, epoch: int) -> list[np.ndarray]:
         batch = self.plan.batch_size * self.plan.accumulate
-        return steps_of_epoch(len(self.train), batch, self.processes.world, self.plan.seed, epoch)
+        return steps_of_epoch(len(self.train), batch, self.processes.world, self.plan.seed, epoch, self.weights)
 
     def _pieces(self, step: int) -> list[Sequence[int]]:
         """This process's micro-batches of a step."""
@@ -465,13 +476,23 @@ class _Everything:
                 own.copy_(state[name])
 
 
+def _weights(dataset) -> np.ndarray:
+    """How often each sample of a balanced epoch is drawn, by the targets that the data set tells without reading."""
+    targets = getattr(dataset, "item_targets", None)
+    if targets is None:
+        raise UsageError(
+            "balanced=true needs a data set with `item_targets`: (N,) class numbers or (N, K) zeros and ones"
+        )
+    return balanced_weights(targets)
+
+
 def _groups(handle, plan: Plan) -> list[dict[str, Any]]:
-    """AdamW groups: 1-D tensors without decay, the group named "head" at head_lr."""
+    """AdamW groups: 1-D tensors without decay unless plan.decay_all, the group named "head" at head_lr."""
     groups = []
     for given in handle.trainable():
         lr = plan.head_lr if given["name"] == "head" and plan.head_lr is not None else plan.lr
         lr *= given.get("lr_scale", 1.0)
-        for flat, decay in ((False, plan.weight_decay), (True, 0.0)):
+        for flat, decay in ((False, plan.weight_decay), (True, plan.weight_decay if plan.decay_all else 0.0)):
             params = [p for p in given["params"] if (p.ndim <= 1) == flat]
             if params:
                 groups.append({"params": params, "weight_decay": decay, "lr": lr, "base_lr": lr})

@@ -116,6 +116,12 @@ def test_doctor_says_alive(adapt, backbone):
     assert "alive" in adapt("doctor", "--backbone", backbone, "--method", "bottleneck")[0]
 
 
+def test_a_dry_run_refuses_a_loss_for_several_labels_where_there_is_one(adapt, backbone, data):
+    options = ("--data", data, "--backbone", backbone, "--method", "lora", "--test", "fold=2", "--dry-run")
+    _, err = adapt("train", *options, "--set", "head.loss=asymmetric", code=2)
+    assert "data.task=multilabel" in err and len(err.strip().splitlines()) == 1
+
+
 def test_a_dry_run_trains_nothing(adapt, backbone, data, tmp_path):
     out = tmp_path / "run"
     options = ("--data", data, "--backbone", backbone, "--method", "lora", "--test", "fold=2", "--out", out)
@@ -148,6 +154,12 @@ def test_train_prints_one_object(adapt, backbone, data, tmp_path):
     assert len(found["adapter"]) == 6 and len(found["metrics"]["folds"]) == 6
     accuracy = found["metrics"]["test"]["accuracy"]
     assert accuracy["range"][0] <= accuracy["value"] <= accuracy["range"][1] and len(accuracy["ci"]) == 2
+    assert (accuracy["spread"]["folds"]["n"], accuracy["spread"]["seeds"]["n"]) == (3, 2)
+    of_folds = [
+        np.mean([f["test"]["accuracy"] for f in found["metrics"]["folds"] if f["name"] == f"fold={k}"])
+        for k in range(3)
+    ]
+    assert accuracy["spread"]["folds"]["std"] == pytest.approx(np.std(of_folds, ddof=1))
     assert found["params"]["trained"] > found["params"]["trained_without_head"] and found["seconds"] > 0
     assert "backbone" in err
 
@@ -192,7 +204,9 @@ def test_multilabel_tables_are_learnt(adapt, backbone, data, tmp_path):
     table = data.parent / "multi.csv"
     write_table(table, rows)
     options = ("--data", table, "--backbone", backbone, "--method", "linear", "--test", "fold=2", "--epochs", 2)
-    found, _ = adapt("train", *options, "--set", "data.task=multilabel", "--out", tmp_path / "m", "--json")
+    settings = ("data.task=multilabel", "head.loss=asymmetric", "plan.balanced=true", "augment.mixup=0.4")
+    settings = [part for setting in settings for part in ("--set", setting)]
+    found, _ = adapt("train", *options, *settings, "--out", tmp_path / "m", "--json")
     assert "map" in found["metrics"]["test"]
     found, _ = adapt("predict", tmp_path / "m", data.parent / "low0.wav", "--json")
     assert sum(found["predictions"][0]["scores"].values()) != pytest.approx(1, abs=1e-3)

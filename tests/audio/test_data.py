@@ -106,6 +106,24 @@ def test_a_truncated_flac_is_not_read_as_if_it_were_whole(tmp_path):
         read(path, RATE)
 
 
+@pytest.mark.parametrize("name", ["a.wav", "a.aiff", "a.mp3", "a.ogg"])
+def test_no_format_is_read_as_if_half_of_it_were_all(tmp_path, name):
+    path = tmp_path / name
+    soundfile.write(path, np.random.default_rng(0).normal(size=RATE) * 0.1, RATE)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(DataError, match="truncated|no samples"):
+        read(path, RATE)
+
+
+def test_a_wav_of_unknown_length_from_a_pipe_is_read_to_its_end(write):
+    path = write(tone(0.5), subtype="PCM_16")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data")
+    data[at + 4 : at + 8] = data[4:8] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert inspect(path).seconds == 0.5
+
+
 def test_windows_cover_a_clip_and_end_with_it():
     assert window_starts(3.0, 5.0) == [0.0] and window_starts(5.0, 4.995) == [0.0]
     assert window_starts(10.0, 4.0) == [0.0, 4.0, 6.0]
@@ -116,6 +134,7 @@ def test_long_clips_give_several_items_whose_scores_are_averaged(write):
     data = Windows([short, long], np.array([0, 1]), RATE, RATE)
     assert data.rows.tolist() == [0, 1, 1, 1]
     assert [int(data[i]["length"]) for i in range(4)] == [4800, RATE, RATE, RATE]
+    assert data.item_targets.tolist() == [0, 1, 1, 1]
     assert not data[0]["wave"][4800:].any() and int(data[3]["label"]) == 1
     scores = data.mean_by_row(np.array([[1.0, 0], [3, 0], [0, 3], [0, 0]]))
     assert scores.tolist() == [[1, 0], [1, 1]]

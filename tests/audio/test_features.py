@@ -6,6 +6,8 @@ from torch.testing import assert_close
 
 from adaptsuite.audio.features import (
     Fbank,
+    add_noise,
+    coloured_noise,
     gain,
     normalise,
     pad_frames,
@@ -111,6 +113,48 @@ def test_roll_keeps_the_order_around_the_circle():
     rolled = roll(torch.arange(10.0).repeat(20, 1))
     assert torch.equal(rolled.diff(dim=1) % 10, torch.ones(20, 9))
     assert len(set(rolled[:, 0].tolist())) > 3
+
+
+def test_padding_is_not_rolled_into_the_clip():
+    torch.manual_seed(0)
+    wave = torch.zeros(20, 10)
+    wave[:, :6] = torch.arange(1.0, 7)
+    rolled = roll(wave, torch.full((20,), 6))
+    assert not rolled[:, 6:].any() and torch.equal(rolled[:, :6].sort(1).values, wave[:, :6])
+    assert len(set(rolled[:, 0].tolist())) > 3
+
+
+def test_masks_stay_on_the_real_frames():
+    torch.manual_seed(0)
+    x = torch.rand(64, 50, 40) + 1
+    frames = torch.arange(64) % 30 + 1
+    y = spec_augment(x, 10, 20, frames)
+    padding = torch.arange(50) >= frames[:, None]
+    assert torch.equal(y[padding], x[padding]) and (y == 0).any()
+    width = (y == 0).all(2).sum(1)
+    assert (width <= frames).all() and width[frames == 30].max() <= 20
+
+
+def test_noise_is_so_many_decibels_below_the_real_part_and_absent_from_padding(wave):
+    torch.manual_seed(1)
+    length, snr_db = torch.tensor([16000, 9000, 4000]), torch.tensor([0.0, 10.0, 30.0])
+    wave = wave * (torch.arange(16000) < length[:, None])
+    added = add_noise(wave, 7 * torch.randn_like(wave), snr_db, length) - wave
+    assert not added[1, 9000:].any() and not added[2, 4000:].any()
+    measured = 10 * (wave.pow(2).sum(1) / added.pow(2).sum(1)).log10()
+    assert_close(measured, snr_db, atol=1e-2, rtol=0)
+
+
+def test_silence_gets_no_noise_and_silent_noise_changes_nothing(wave):
+    assert not add_noise(torch.zeros(3, 100), torch.randn(3, 100), torch.zeros(3)).any()
+    assert torch.equal(add_noise(wave, torch.zeros_like(wave), torch.zeros(3)), wave)
+
+
+def test_pink_noise_falls_three_decibels_an_octave_and_white_noise_does_not():
+    torch.manual_seed(0)
+    for exponent, per_octave in ((0.0, 1.0), (1.0, 2.0)):
+        power = torch.fft.rfft(coloured_noise(torch.zeros(64, 8192), exponent)).abs().pow(2).mean(0)
+        assert_close(power[512:1024].mean() / power[1024:2048].mean(), torch.tensor(per_octave), rtol=0.05, atol=0)
 
 
 def grid(f, t):

@@ -79,9 +79,23 @@ def test_out_of_fold_predictions_are_pooled_and_seeds_give_mean_and_range(manife
     found = experiment.pooled(manifest, outcomes, "test")["accuracy"]
     assert found["value"] == pytest.approx((0.75 + 0.5) / 2) and found["range"] == [0.5, 0.75]
     assert found["seeds"] == 2 and found["ci"][0] < found["value"] < found["ci"][1]
+    assert found["spread"]["seeds"] == pytest.approx({"mean": 0.625, "std": 0.25 / 2**0.5, "n": 2})
+    by_fold = ((1 + 0.5) / 2, (0.5 + 0.5) / 2)  # each fold's mean over its seeds
+    assert found["spread"]["folds"] == pytest.approx({"mean": 0.625, "std": np.std(by_fold, ddof=1), "n": 2})
     one = experiment.pooled(manifest, outcomes[:2], "test")["accuracy"]
-    assert one["value"] == 0.75 and "range" not in one
+    assert one["value"] == 0.75 and "range" not in one and list(one["spread"]) == ["folds"]
+    assert one["spread"]["folds"] == pytest.approx({"mean": 0.75, "std": 0.5 / 2**0.5, "n": 2})
+    assert "spread" not in experiment.pooled(manifest, outcomes[:1], "test")["accuracy"]
+    lines = experiment.summary({"metrics": {"test": {"accuracy": found}}, "adapter": []})
+    assert "folds 0.625 ± 0.177 (2)  seeds 0.625 ± 0.177 (2)" in lines[0] and "standard deviation" in lines[-1]
     assert experiment.pooled(manifest, outcomes, "val") == {}
+
+
+def test_a_fold_that_does_not_define_a_metric_is_not_in_its_spread(manifest):
+    one_class = outcome(manifest, "2", 0, [0, 2, 4], 3)  # labels a, a, a
+    outcomes = [outcome(manifest, "0", 0, range(6), 5), outcome(manifest, "1", 0, range(6, 12), 3), one_class]
+    found = experiment.pooled(manifest, outcomes, "test")
+    assert found["accuracy"]["spread"]["folds"]["n"] == 3 and found["auroc"]["spread"]["folds"]["n"] == 2
 
 
 def test_intervals_do_not_shrink_when_seeds_see_the_same_groups_again(manifest):

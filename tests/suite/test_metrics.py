@@ -37,6 +37,7 @@ def sklearn_multiclass(probabilities, targets):
         "balanced_accuracy": sk.recall_score(targets, predicted, labels=present, average="macro"),
         "macro_f1": sk.f1_score(targets, predicted, labels=present, average="macro"),
         "auroc": np.mean([sk.roc_auc_score(targets == k, probabilities[:, k]) for k in present]),
+        "map": np.mean([sk.average_precision_score(targets == k, probabilities[:, k]) for k in present]),
         "log_loss": sk.log_loss(targets, probabilities, labels=classes),
         "ece": loop_ece(probabilities.max(1), predicted == targets),
     }

@@ -130,6 +130,16 @@ def test_page_shows_what_the_run_knows():
         assert expected in text, expected
 
 
+def test_spread_over_folds_and_seeds_is_shown_and_explained():
+    run = example()
+    assert "standard deviation" not in Page(render(run)).text
+    spread = {"folds": {"mean": 0.81, "std": 0.034, "n": 4}, "seeds": {"mean": 0.80, "std": 0.012, "n": 3}}
+    metrics = {"test": {"accuracy": {**run.metrics["test"]["accuracy"], "spread": spread}}}
+    text = Page(render(replace(run, metrics=metrics))).text
+    assert "over folds: 0.810 ± 0.034 (4)" in text and "over seeds: 0.800 ± 0.012 (3)" in text
+    assert "over folds, each the mean of its seeds" in text
+
+
 def test_page_loads_and_runs_nothing():
     html = render(example())
     page = Page(html)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from adaptsuite.batches import chunks, steps_of_epoch
+from adaptsuite.batches import balanced_weights, chunks, steps_of_epoch
 from adaptsuite.errors import DataError, Diverged, ResourceError, UsageError
 from adaptsuite.trainer import Plan, fit, pick_device, predict_all
 
@@ -231,6 +231,13 @@ def test_handle_alone_says_what_is_trained():
     assert handle.groups == [(1, 0.3, 0.01), (1, 0.0, 0.5)]  # vectors are not decayed, the head has its own rate
 
 
+def test_decay_reaches_vectors_only_when_the_plan_says_so():
+    handle = Spy(net())
+    settings = plan(head_lr=0.5, weight_decay=0.3, decay_all=True)
+    fit(handle.model, Classify(), Blobs(24), Blobs(12), settings, handle=handle)
+    assert handle.groups == [(1, 0.3, 0.01), (1, 0.3, 0.5)]
+
+
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
     handle = Spy(net())
     fit(handle.model, Classify(), Blobs(40), None, plan(epochs=4, warmup=0.2, lr=1.0), handle=handle)
@@ -294,6 +301,83 @@ def test_pieces_hold_every_sample_and_none_is_alone(num, size):
 def test_epochs_are_in_different_orders():
     orders = [steps_of_epoch(20, 20, 1, 0, epoch)[0].tolist() for epoch in range(3)]
     assert orders[0] != orders[1] != orders[2]
+
+
+labels = st.lists(st.integers(0, 4), min_size=2, max_size=60)
+
+
+@given(labels, st.integers(0, 3), st.integers(0, 3))
+def test_balanced_epochs_draw_each_sample_as_often_as_its_weight_says(classes, seed, epoch):
+    weights = balanced_weights(np.array(classes))
+    drawn = np.concatenate(steps_of_epoch(len(classes), 8, 1, seed, epoch, weights))
+    again = np.concatenate(steps_of_epoch(len(classes), 8, 1, seed, epoch, weights))
+    assert len(drawn) == len(classes) and drawn.tolist() == again.tolist()
+    expected = len(classes) * weights / weights.sum()
+    assert (abs(np.bincount(drawn, minlength=len(classes)) - expected) < 1 + 1e-9).all()
+    for k in set(classes):  # every class has the same share of what is expected
+        assert expected[np.array(classes) == k].sum() == pytest.approx(len(classes) / len(set(classes)))
+
+
+def test_classes_of_balanced_epochs_come_equally_often_in_the_long_run():
+    classes = np.array([0] * 90 + [1] * 8 + [2] * 2)
+    weights = balanced_weights(classes)
+    epochs = [np.concatenate(steps_of_epoch(100, 16, 1, 0, epoch, weights)) for epoch in range(60)]
+    shares = np.bincount(classes[np.concatenate(epochs)]) / 6000
+    assert abs(shares - 1 / 3).max() < 0.01  # at random it would be 0.90, 0.08, 0.02
+    assert len({tuple(epoch) for epoch in epochs}) == 60
+
+
+def test_multilabel_weights_are_those_of_the_ast_code():
+    targets = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 0, 1], [0, 0, 0]], np.float32)
+    by_hand = []
+    for row in targets:
+        by_hand.append(sum(1 / targets[:, k].sum() for k in range(3) if row[k]))
+    assert balanced_weights(targets).tolist() == pytest.approx(by_hand)
+    drawn = np.concatenate(steps_of_epoch(5, 8, 1, 0, 0, balanced_weights(targets)))
+    assert 4 not in drawn and 1 in drawn
+
+
+class Rare(Blobs):
+    """Class 2 once, the others often; counts who is read."""
+
+    def __init__(self, num):
+        super().__init__(num)
+        self.label = torch.tensor([0, 1] * (num // 2))
+        self.label[-1] = 2
+        self.item_targets, self.read = self.label.numpy(), []
+
+    def __getitem__(self, index):
+        self.read.append(int(self.label[index]))
+        return super().__getitem__(index)
+
+
+def test_a_balanced_run_shows_the_rare_class_as_often_as_the_others():
+    rare = Rare(30)
+    fit(net(), Classify(), rare, None, plan(balanced=True, epochs=10))
+    counts = np.bincount(rare.read[1:])  # the first look tells data sets apart
+    assert counts.sum() == 300 and abs(counts - 100).max() < 12
+    with pytest.raises(UsageError, match="balanced=true needs a data set with `item_targets`"):
+        fit(net(), Classify(), Blobs(12), None, plan(balanced=True))
+    rare.item_targets = np.zeros((30, 3))
+    with pytest.raises(DataError, match="no training sample has a label"):
+        fit(net(), Classify(), rare, None, plan(balanced=True))
+
+
+def test_a_balanced_run_goes_on_where_it_was(tmp_path):
+    whole, first, second = net(), net(), net()
+    fit(whole, Classify(), Rare(30), None, plan(balanced=True, epochs=4, checkpoint_steps=3))
+
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        raise Stop
+
+    settings = plan(balanced=True, epochs=4, checkpoint_steps=3)
+    with pytest.raises(Stop):
+        fit(first, Classify(), Rare(30), None, settings, out=tmp_path, on_epoch=stop)
+    fit(second, Classify(), Rare(30), None, settings, out=tmp_path)
+    assert same(weights(whole), weights(second))
 
 
 def test_last_sample_alone_passes_a_batch_norm_and_is_said():
