@@ -1,7 +1,8 @@
 """Audio files to tensors: mono float32 at the backbone's rate, cut into windows of one input length."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from adaptsuite.errors import DataError
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 RATES_HZ = (1000, 768000)
 CACHE_BYTES = 2 << 30  # decoded clips kept in memory; beyond it files are read again
+MOST_KERNEL = 1 << 24  # values of a resampling filter, which are many for two rates without a common divisor
+BLOCK = 1 << 20  # samples of all channels that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,10 @@ def inspect(path: Path) -> Clip:
         raise DataError(f"{path}: {info.channels} channels, 1 to 32 can be mixed to mono")
     if info.frames <= 0:
         raise DataError(f"{path}: the file holds no samples")
+    # libsndfile says nothing when a wav or aiff ends early, but notes it; a size near 4 GiB means "not known yet"
+    for size, found in re.findall(r"(?:data|SSND) : (\d+) \(should be (\d+)\)", info.extra_info):
+        if int(found) + 1 < int(size) < 0xFFFF0000:
+            raise DataError(f"{path}: truncated, {found} of {size} bytes of sound are there")
     return Clip(path, info.samplerate, info.channels, info.frames)
 
 
@@ -57,22 +64,59 @@ def read(path: Path, rate_hz: int, start_s: float = 0.0, seconds: float | None =
 
     Raises DataError for a file that is damaged, shorter than its header says, or holds NaN or infinite values.
     """
-    import soundfile
-    from torchaudio.functional import resample
-
     clip = inspect(path)
     first = round(start_s * clip.rate_hz)
     count = clip.samples - first if seconds is None else min(math.ceil(seconds * clip.rate_hz), clip.samples - first)
+    check_rates(clip.rate_hz, rate_hz, f"{path}: ")
+    wave = next(_decode(clip, first, count, count)) if count > 0 else torch.zeros(0)
+    return resample(wave, clip.rate_hz, rate_hz)
+
+
+def blocks(path: Path) -> Iterator[Tensor]:
+    """A file of any length as pieces (n,) float32 at its own rate, channels averaged. Raises DataError as `read`."""
+    clip = inspect(path)
+    yield from _decode(clip, 0, clip.samples, BLOCK // clip.channels)
+
+
+def _decode(clip: Clip, first: int, count: int, block: int) -> Iterator[Tensor]:
+    import soundfile
+
     try:
-        data, _ = soundfile.read(str(path), start=first, frames=count, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(str(clip.path)) as file:
+            file.seek(first)
+            for at in range(0, count, block):
+                wanted = min(block, count - at)
+                data = file.read(wanted, dtype="float32", always_2d=True)
+                if len(data) < wanted:
+                    raise DataError(f"{clip.path}: truncated, {at + len(data)} of {count} samples are there")
+                if not np.isfinite(data).all():
+                    raise DataError(f"{clip.path}: holds NaN or infinite samples")
+                yield torch.from_numpy(data).mean(1)
     except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise DataError(f"{path}: damaged ({_reason(e)})") from e
-    if len(data) < count:
-        raise DataError(f"{path}: truncated, {len(data)} of {count} samples are there")
-    if not np.isfinite(data).all():
-        raise DataError(f"{path}: holds NaN or infinite samples")
-    wave = torch.from_numpy(data).mean(1)
-    return wave if clip.rate_hz == rate_hz else resample(wave, clip.rate_hz, rate_hz)
+        raise DataError(f"{clip.path}: damaged ({_reason(e)})") from e
+
+
+def resample(wave: Tensor, rate_hz: int, new_rate_hz: int) -> Tensor:
+    """wave (..., N) by windowed sinc: (..., ceil(N new / old)). Raises DataError as `check_rates`."""
+    if rate_hz == new_rate_hz:
+        return wave
+    from torchaudio.functional import resample
+
+    check_rates(rate_hz, new_rate_hz)
+    return resample(wave, rate_hz, new_rate_hz)
+
+
+def check_rates(rate_hz: int, new_rate_hz: int, where: str = "") -> None:
+    """Raises DataError for a rate that no recorder has, and for two whose filter would fill gigabytes."""
+    low, high = RATES_HZ
+    if not low <= rate_hz <= high or int(rate_hz) != rate_hz:
+        raise DataError(f"{where}sample rate {rate_hz} Hz is not a whole number from {low} to {high}")
+    divisor = math.gcd(int(rate_hz), new_rate_hz)
+    if (rate_hz // divisor) * (new_rate_hz // divisor) > MOST_KERNEL:
+        raise DataError(
+            f"{where}sample rate {rate_hz} Hz has too small a common divisor with {new_rate_hz} Hz: "
+            "give it the recorder's nominal rate, or convert it first"
+        )
 
 
 def survey(path: Path) -> dict[str, Any]:
@@ -80,13 +124,12 @@ def survey(path: Path) -> dict[str, Any]:
 
     Reads it in blocks, so that a recording of any length fits into memory. Raises DataError where `read` would.
     """
-    clip, block = inspect(path), 1 << 20
-    peak, clipped, at = 0.0, 0, 0
-    while at < clip.samples:
-        piece = read(path, clip.rate_hz, at / clip.rate_hz, block / clip.rate_hz).abs()
+    clip = inspect(path)
+    peak, clipped = 0.0, 0
+    for piece in blocks(path):
+        piece = piece.abs()
         peak = max(peak, float(piece.max()))
         clipped += int((piece >= 0.9999).sum())
-        at += block
     remarks = []
     if peak == 0:
         remarks.append("digital silence")
@@ -134,8 +177,10 @@ class Windows:
             for start in window_starts(inspect(path).seconds, num_samples / rate_hz)
         ]
         self.rows = np.array([row for row, _ in self.items])
+        self.starts = np.array([start for _, start in self.items])  # seconds
         self._cache = {} if cache is None else cache  # shared by the parts and folds of one run
-        self._keep = len(self.items) * num_samples * 4 <= CACHE_BYTES
+        # what has no target is read once: keeping it would only fill the memory
+        self._keep = targets is not None and len(self.items) * num_samples * 4 <= CACHE_BYTES
 
     def __len__(self) -> int:
         return len(self.items)

@@ -1,5 +1,6 @@
 """From waveforms to labels: the task model (fbank, backbone, head), its loss and its scores."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -218,6 +219,19 @@ class AudioDomain:
     def look(self, path: Path) -> dict[str, Any]:
         """What `check` says of one file, decoded whole; raises DataError where it cannot be used."""
         return survey(path)
+
+    def notes(self, model: AudioModel, paths: Sequence[Path]) -> list[str]:
+        """What is said once of all files of a command: that they are resampled, that they lack high frequencies."""
+        rate, rates = model.front_end.sample_rate_hz, Counter(inspect(path).rate_hz for path in paths)
+        others = [f"{n} at {hz} Hz" for hz, n in sorted(rates.items()) if hz != rate]
+        low = {hz: n for hz, n in rates.items() if hz < rate}
+        notes = [f"{', '.join(others)} of {len(paths)} files: resampled to {rate} Hz"] if others else []
+        if low:
+            notes.append(
+                f"{sum(low.values())} of {len(paths)} files hold nothing above {min(low) / 2:g} Hz, the backbone was "
+                f"trained on sounds up to {rate / 2:g} Hz: expect less of it there"
+            )
+        return notes
 
     def describe(self, model: AudioModel) -> dict[str, Any]:
         return {"front_end": asdict(model.front_end), "input": f"{model.num_samples / 16000:.2f} s at 16 kHz"}
