@@ -123,11 +123,11 @@ def detect(
     target: (path, format) of `write_events`, checked before hours of work. say hears of each recording.
     Raises DataError as `adaptsuite.experiment.readable`.
     """
-    event_settings(settings)
+    classifier = Classifier(folder, device or "auto", batch_size)
+    classifier.stream(classifier.sample_rate_hz, **settings)  # raises UsageError where settings and model do not fit
     paths, skipped = readable(DOMAIN, files, skip_bad)
     if target is not None:
         table_paths(*target, paths)
-    classifier = Classifier(folder, device or "auto", batch_size)
     found = []
     for path in paths:
         high_hz = min(classifier.sample_rate_hz, inspect(path).rate_hz) / 2

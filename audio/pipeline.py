@@ -228,7 +228,7 @@ class AudioDomain:
         notes = [f"{', '.join(others)} of {len(paths)} files: resampled to {rate} Hz"] if others else []
         if low:
             notes.append(
-                f"{sum(low.values())} of {len(paths)} files hold nothing above {min(low) / 2:g} Hz, the backbone was "
+                f"{sum(low.values())} of {len(paths)} files hold nothing above {max(low) / 2:g} Hz, the backbone was "
                 f"trained on sounds up to {rate / 2:g} Hz: expect less of it there"
             )
         return notes

@@ -19,8 +19,8 @@ class Stream:
 
     model: as AudioModel, `model(wave (B, N), length (B,)) -> (B, K)` with `num_samples` and `front_end.sample_rate_hz`.
     rate_hz: of the samples pushed; other rates than the model's are resampled. batch_size: windows that are evaluated
-    together; 1 answers soonest. A model's scores of a window speak for every instant whose nearest window centre is
-    that window's; thus times are as exact as `hop_s`. What comes out does not depend on how the samples are cut.
+    together; 1 answers soonest. Every instant takes the scores of the window whose centre is nearest, so times are as
+    exact as `hop_s`. What comes out does not depend on how the samples are cut, to the last bit.
     """
 
     def __init__(

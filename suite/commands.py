@@ -269,6 +269,8 @@ def domain_app(name: str, help: str, size: tuple[str, str, str], own: Collection
 
         if out is None or Path(out).suffix not in (".npz", ".csv"):
             raise UsageError("--out is missing: the table to write, .npz or .csv" if out is None else _no_table(out))
+        if backbone is None and (random_weights or size is not None):
+            raise UsageError("--random-weights and the input's size need --backbone: an adapter has its own")
         console = Console(as_json)
         source = recipe(locals()) if backbone is not None else adapter_folder(sources[0])
         files = sources if backbone is not None else sources[1:]

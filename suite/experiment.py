@@ -526,8 +526,8 @@ def label_files(
 
     Folders are searched for files of the domain. Raises DataError as `readable`.
     """
-    paths, skipped = readable(domain, files, skip_bad)
     handle, recipe, labels, _ = restore(domain, folder)
+    paths, skipped = readable(domain, files, skip_bad)
     dataset = domain.dataset(handle.model, paths, None)
     outputs, predictions = _outputs(domain, handle, recipe, labels, dataset, device, batch_size), []
     for path, scores in zip(paths, to_probabilities(outputs, recipe.data.task), strict=True):
@@ -578,14 +578,14 @@ def embed_files(
     source: an adapter's folder, or a recipe with a backbone. each_item: a row for each item that a file is read as (a
     window), with "starts" where the domain's data set tells them, instead of the mean over a file.
     """
-    paths, skipped = readable(domain, files, skip_bad)
     if isinstance(source, Recipe):
+        paths, skipped = readable(domain, files, skip_bad)
         recipe = complete(domain, replace(source, method="linear"), paths)
         labels: Sequence[str] = ("a", "b")
         model = domain.model(recipe, labels)
     else:
         handle, recipe, labels, _ = restore(domain, source)
-        model = handle.model
+        model, (paths, skipped) = handle.model, readable(domain, files, skip_bad)
     dataset, plan = domain.dataset(model, paths, None), recipes.build(Plan, recipe.plan, "plan")
     task = Embedding(domain.task(recipe, labels))
     raw, _ = predict_all(model, task, dataset, batch_size or plan.batch_size, device or plan.device)

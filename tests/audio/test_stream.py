@@ -112,6 +112,15 @@ def test_an_event_lies_where_the_sound_was(rate_hz):
     assert event.start_s == pytest.approx(3.0, abs=0.0051) and event.end_s == pytest.approx(5.0, abs=0.0051)
 
 
+@pytest.mark.parametrize(
+    ("task", "score"), [("multiclass", 1 / (1 + np.exp(-8))), ("multilabel", 1 / (1 + np.exp(-4)))]
+)
+def test_scores_of_several_labels_are_sigmoids_and_of_one_a_softmax(task, score):
+    found = Stream(Ear(), LABELS, RATE, EventSettings(), task, device="cpu")
+    (event,) = found.push(torch.full((1000,), 0.2)) + found.close()
+    assert event.score == pytest.approx(score, abs=1e-5)
+
+
 def test_events_are_the_same_however_the_sound_is_cut():
     wave = torch.cat([burst(1.3, 0.2, 0.9), burst(2.0, 0.5, 0.8), burst(1.5, 1.0, 1.5)]) + noise(4800) / 10
     whole = stream(smooth=3, merge_s=0.1)
