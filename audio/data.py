@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ HEADER_SLOP = 64  # bytes: some programs count headers as sound
 UNKNOWN_LENGTH = 0x7FFFF000  # what programs write that pipe a wav: from here on, all that follows is sound
 FULL_SCALE, CLIPPED_SHARE = 0.9999, 1e-3  # a file is clipped when more than this share of it is at full scale
 CACHE_BYTES = 2 << 30  # decoded clips kept in memory; beyond it files are read again
+MOST_KERNEL = 1 << 24  # values of a resampling filter, which are many for two rates without a common divisor
+BLOCK = 1 << 20  # samples of all channels that are decoded at a time
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,59 @@ def read(path: Path, rate_hz: int, start_s: float = 0.0, seconds: float | None =
 
     Raises DataError for a file that is damaged, shorter than its header says, or holds NaN or infinite values.
     """
-    import soundfile
-    from torchaudio.functional import resample
-
     clip = inspect(path)
     first = round(start_s * clip.rate_hz)
     count = clip.samples - first if seconds is None else min(math.ceil(seconds * clip.rate_hz), clip.samples - first)
+    check_rates(clip.rate_hz, rate_hz, f"{path}: ")
+    wave = next(_decode(clip, first, count, count)) if count > 0 else torch.zeros(0)
+    return resample(wave, clip.rate_hz, rate_hz)
+
+
+def blocks(path: Path) -> Iterator[Tensor]:
+    """A file of any length as pieces (n,) float32 at its own rate, channels averaged. Raises DataError as `read`."""
+    clip = inspect(path)
+    yield from _decode(clip, 0, clip.samples, BLOCK // clip.channels)
+
+
+def _decode(clip: Clip, first: int, count: int, block: int) -> Iterator[Tensor]:
+    import soundfile
+
     try:
-        data, _ = soundfile.read(str(path), start=first, frames=count, dtype="float32", always_2d=True)
+        with soundfile.SoundFile(str(clip.path)) as file:
+            file.seek(first)
+            for at in range(0, count, block):
+                wanted = min(block, count - at)
+                data = file.read(wanted, dtype="float32", always_2d=True)
+                if len(data) < wanted:
+                    raise DataError(f"{clip.path}: truncated, {at + len(data)} of {count} samples are there")
+                if not np.isfinite(data).all():
+                    raise DataError(f"{clip.path}: holds NaN or infinite samples")
+                yield torch.from_numpy(data).mean(1)
     except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise DataError(f"{path}: damaged ({_reason(e)})") from e
-    if len(data) < count:
-        raise DataError(f"{path}: truncated, {len(data)} of {count} samples are there")
-    if not np.isfinite(data).all():
-        raise DataError(f"{path}: holds NaN or infinite samples")
-    wave = torch.from_numpy(data).mean(1)
-    return wave if clip.rate_hz == rate_hz else resample(wave, clip.rate_hz, rate_hz)
+        raise DataError(f"{clip.path}: damaged ({_reason(e)})") from e
+
+
+def resample(wave: Tensor, rate_hz: int, new_rate_hz: int) -> Tensor:
+    """wave (..., N) by windowed sinc: (..., ceil(N new / old)). Raises DataError as `check_rates`."""
+    if rate_hz == new_rate_hz:
+        return wave
+    from torchaudio.functional import resample
+
+    check_rates(rate_hz, new_rate_hz)
+    return resample(wave, rate_hz, new_rate_hz)
+
+
+def check_rates(rate_hz: int, new_rate_hz: int, where: str = "") -> None:
+    """Raises DataError for a rate that no recorder has, and for two whose filter would fill gigabytes."""
+    low, high = RATES_HZ
+    if not low <= rate_hz <= high or int(rate_hz) != rate_hz:
+        raise DataError(f"{where}sample rate {rate_hz} Hz is not a whole number from {low} to {high}")
+    divisor = math.gcd(int(rate_hz), new_rate_hz)
+    if (rate_hz // divisor) * (new_rate_hz // divisor) > MOST_KERNEL:
+        raise DataError(
+            f"{where}sample rate {rate_hz} Hz has too small a common divisor with {new_rate_hz} Hz: "
+            "give it the recorder's nominal rate, or convert it first"
+        )
 
 
 def survey(path: Path) -> dict[str, Any]:
@@ -98,13 +137,12 @@ def survey(path: Path) -> dict[str, Any]:
 
     Reads it in blocks, so that a recording of any length fits into memory. Raises DataError where `read` would.
     """
-    clip, block = inspect(path), 1 << 20
-    peak, clipped, at = 0.0, 0, 0
-    while at < clip.samples:
-        piece = read(path, clip.rate_hz, at / clip.rate_hz, block / clip.rate_hz).abs()
+    clip = inspect(path)
+    peak, clipped = 0.0, 0
+    for piece in blocks(path):
+        piece = piece.abs()
         peak = max(peak, float(piece.max()))
         clipped += int((piece >= FULL_SCALE).sum())
-        at += block
     remarks = []
     if peak == 0:
         remarks.append("digital silence")
@@ -125,6 +163,21 @@ def _counts(found: Counter, unit: str) -> str:
     """`120 files of 44100 Hz, 3 of 8000 Hz`, most frequent first."""
     (first, n), *others = found.most_common()
     return ", ".join([f"{n} file{'s' * (n > 1)} of {first} {unit}", *(f"{n} of {value} {unit}" for value, n in others)])
+
+
+def rate_remarks(clips: Sequence[Clip], rate_hz: int) -> list[str]:
+    """What is said once of the files of a command: resampled, mixed to mono, without the band the model listens to."""
+    found = []
+    if others := Counter(c.rate_hz for c in clips if c.rate_hz != rate_hz):
+        found.append(f"resampled: {_counts(others, 'Hz')} to {rate_hz} Hz")
+    if channels := Counter(c.channels for c in clips if c.channels > 1):
+        found.append(f"mixed to mono: {_counts(channels, 'channels')}")
+    if low := {hz: n for hz, n in others.items() if hz < rate_hz}:
+        found.append(
+            f"{sum(low.values())} of {len(clips)} files hold nothing above {max(low) / 2:g} Hz, the model listens "
+            f"up to {rate_hz / 2:g} Hz: expect less of it there"
+        )
+    return found
 
 
 def window_starts(seconds: float, window_s: float) -> list[float]:
@@ -171,6 +224,7 @@ class Windows:
             for start in window_starts(clip.seconds, num_samples / rate_hz)
         ]
         self.rows = np.array([row for row, _ in self.items])
+        self.starts = np.array([start for _, start in self.items])  # seconds
         self._cache = Cache() if cache is None else cache  # shared by the parts and folds of one run
 
     @property
@@ -186,16 +240,7 @@ class Windows:
 
     def remarks(self) -> list[str]:
         """What was changed in these files or makes them doubtful; of their sound, as far as it is in memory."""
-        found, rate = [], self.rate_hz
-        if others := Counter(c.rate_hz for c in self.clips if c.rate_hz != rate):
-            found.append(f"resampled: {_counts(others, 'Hz')} to {rate} Hz")
-        if channels := Counter(c.channels for c in self.clips if c.channels > 1):
-            found.append(f"mixed to mono: {_counts(channels, 'channels')}")
-        if narrow := sum(n for hz, n in others.items() if hz < rate):
-            found.append(
-                f"{narrow} of {len(self.clips)} files are sampled below the model's {rate} Hz: "
-                "the upper part of what it listens to is empty"
-            )
+        found = rate_remarks(self.clips, self.rate_hz)
         silent, clipped, ends = [], [], np.searchsorted(self.rows, np.arange(len(self.clips) + 1))
         for clip, first, last in zip(self.clips, ends, ends[1:], strict=False):
             waves = [self._cache.get(self._key(i)) for i in range(first, last)]
@@ -234,7 +279,8 @@ class Windows:
         if wave is None:
             row, start = self.items[index]
             wave = read(self.paths[row], self.rate_hz, start, self.num_samples / self.rate_hz)[: self.num_samples]
-            self._cache.keep(self._key(index), wave)
+            if self.targets is not None:  # what has none is read once: keeping it would only fill the memory
+                self._cache.keep(self._key(index), wave)
         return wave
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.audio.backbones import load
-from adaptsuite.audio.data import CACHE_BYTES, SUFFIXES, Cache, Clip, Windows, inspect, survey
+from adaptsuite.audio.data import CACHE_BYTES, SUFFIXES, Cache, Clip, Windows, inspect, rate_remarks, survey
 from adaptsuite.audio.features import Fbank, add_noise, gain, roll, spec_augment
 from adaptsuite.audio.heads import HfHead, LinearHead, PrototypeHead, pooled
 from adaptsuite.audio.inputs import AstInput, FrontEnd, Input
@@ -269,6 +269,10 @@ class AudioDomain:
     def look(self, path: Path) -> dict[str, Any]:
         """What `check` says of one file, decoded whole; raises DataError where it cannot be used."""
         return survey(path)
+
+    def notes(self, model: AudioModel, paths: Sequence[Path]) -> list[str]:
+        """What is said once of all files of a command."""
+        return rate_remarks([inspect(path) for path in paths], model.front_end.sample_rate_hz)
 
     def describe(self, model: AudioModel) -> dict[str, Any]:
         return {

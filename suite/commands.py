@@ -1,4 +1,4 @@
-"""The verbs that every domain has: info, check, budget, train, evaluate, predict, report, doctor.
+"""The verbs that every domain has: info, check, budget, train, evaluate, predict, embed, report, doctor.
 
 `domain_app("audio", ...)` makes a typer application of them. Options mean the same in all domains. Human lines go to
 stdout, or to stderr under --json, where stdout holds one JSON object.
@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +39,9 @@ Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or
 Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; human lines go to stderr.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out rows whose file cannot be used, and list them.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that cannot be used, and list them.")]
+Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Files or folders of them.")]
+PredictionsOut = Annotated[str | None, typer.Option("--out", help="Also write the predictions to this CSV.")]
 AdapterFolder = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or its run's.")]
 
 
@@ -58,6 +61,13 @@ class Console:
     def warn(self, line: str) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
+    def remarks(self, found: dict[str, Any]) -> None:
+        """What a command that reads files has to say of them."""
+        for row in found["skipped"]:
+            self.warn(f"skipped {row['reason']}")
+        for note in found["notes"]:
+            self.warn(note)
+
     def result(self, value: dict[str, Any]) -> None:
         if self.as_json and not self.silent:
             print(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain))
@@ -70,8 +80,11 @@ def _plain(value: Any):
     return str(value)
 
 
-def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
-    """The verbs of one domain. size: (option, dotted recipe field, help) of the input's size, as `--frames`."""
+def domain_app(name: str, help: str, size: tuple[str, str, str], own: Collection[str] = ()) -> typer.Typer:
+    """The verbs of one domain. size: (option, dotted recipe field, help) of the input's size, as `--frames`.
+
+    own: verbs that the domain adds itself because they do more there; `predict` can be one.
+    """
     app = typer.Typer(name=name, help=help, no_args_is_help=True, pretty_exceptions_enable=False)
     Size = Annotated[int | None, typer.Option(size[0], help=size[2])]
 
@@ -222,30 +235,57 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         console.say(*experiment.summary(found.result))
         console.result(found.result)
 
-    @app.command()
     def predict(
         adapter: AdapterFolder,
-        files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files or folders of them.")],
+        files: Files,
         batch_size: BatchSize = None,
         device: Device = None,
-        out: Annotated[str | None, typer.Option("--out", help="Also write the predictions to this CSV.")] = None,
+        out: PredictionsOut = None,
+        skip_bad: SkipBad = False,
         as_json: Json = False,
     ) -> None:
         """Label files, or all files below folders."""
+        predict_files(Console(as_json), domain(), adapter, files, batch_size, device, out, skip_bad)
+
+    if "predict" not in own:
+        app.command()(predict)
+
+    @app.command()
+    def embed(
+        sources: Annotated[
+            list[str],
+            typer.Argument(metavar="[ADAPTER] FILE...", help="With --backbone only files or folders of them."),
+        ],
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        windows: Annotated[
+            bool, typer.Option("--windows", help="A row for each window that a file is read as, not for each file.")
+        ] = False,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        size: Size = None,
+        out: Annotated[str | None, typer.Option("--out", help="Table to write: .npz or .csv.")] = None,
+        skip_bad: SkipBad = False,
+        as_json: Json = False,
+    ) -> None:
+        """Write what a linear head would read of files: the features of an adapter or of a plain backbone."""
         from adaptsuite import experiment
 
+        if out is None or Path(out).suffix not in (".npz", ".csv"):
+            raise UsageError("--out is missing: the table to write, .npz or .csv" if out is None else _no_table(out))
+        if backbone is None and (random_weights or size is not None):
+            raise UsageError("--random-weights and the input's size need --backbone: an adapter has its own")
         console = Console(as_json)
-        found = experiment.label_files(domain(), adapter_folder(adapter), files, device, batch_size)
-        for row in found["predictions"]:
-            best = sorted(row["scores"].items(), key=lambda item: -item[1])[:3]
-            console.say(f"{row['path']}\t{row['label']}\t" + "  ".join(f"{k} {v:.3f}" for k, v in best))
-        for row in found["skipped"]:
-            console.warn(f"skipped {row['reason']}")
-        if out is not None:
-            experiment.write_predictions(Path(out), found["predictions"])
-        console.result(found)
-        if not found["predictions"]:
-            raise DataError("no file could be read")
+        source = recipe(locals()) if backbone is not None else adapter_folder(sources[0])
+        files = sources if backbone is not None else sources[1:]
+        if not files:
+            raise UsageError("FILE... is missing: files or folders of them, after the adapter's folder")
+        found = experiment.embed_files(domain(), source, files, device, batch_size, windows, skip_bad)
+        experiment.write_features(Path(out), found)
+        console.remarks(found)
+        rows, dim = found["features"].shape
+        console.say(f"features  {rows} x {dim}  {out}")
+        console.result({"out": out, "rows": rows, "features": dim, "skipped": found["skipped"]})
 
     @app.command()
     def report(
@@ -267,6 +307,29 @@ def domain_app(name: str, help: str, size: tuple[str, str, str]) -> typer.Typer:
         console.result(found)
 
     return app
+
+
+def predict_files(
+    console: Console,
+    domain,
+    adapter: str,
+    files: list[str],
+    batch_size: int | None,
+    device: str | None,
+    out: str | None,
+    skip_bad: bool,
+) -> None:
+    """The verb `predict`: a label for each file."""
+    from adaptsuite import experiment
+
+    found = experiment.label_files(domain, adapter_folder(adapter), files, device, batch_size, skip_bad)
+    for row in found["predictions"]:
+        best = sorted(row["scores"].items(), key=lambda item: -item[1])[:3]
+        console.say(f"{row['path']}\t{row['label']}\t" + "  ".join(f"{k} {v:.3f}" for k, v in best))
+    console.remarks(found)
+    if out is not None:
+        experiment.write_predictions(Path(out), found["predictions"])
+    console.result(found)
 
 
 def read_recipe(domain, options: dict[str, Any]):
@@ -312,6 +375,10 @@ def _data(data: str | None) -> str:
     if data is None:
         raise UsageError("--data is missing: a CSV with path,label or a folder of classes")
     return data
+
+
+def _no_table(out: str) -> str:
+    return f"--out {out}: a name that ends in .npz or .csv is expected"
 
 
 def _several(problems: list[str]) -> str:

@@ -4,6 +4,7 @@ A domain supplies what `Domain` lists; splits, seeds, intervals, artifacts and r
 """
 
 import contextlib
+import io
 import os
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from torch import nn
 
 from adaptsuite import recipe as recipes
 from adaptsuite.artifact import load_adapter, read_adapter
+from adaptsuite.atomic import write_file
 from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle, attach
@@ -55,7 +57,8 @@ class Domain(Protocol):
         """
 
     def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None):
-        """Map-style dataset; `mean_by_row` joins the outputs of several items of one row."""
+        """Map-style dataset; `mean_by_row` joins the outputs of several items of one row. Where there are several,
+        `rows` says which row each item is of, and `starts` where in it."""
 
     def task(self, recipe: Recipe, classes: Sequence[str]):
         """Loss and scores (adaptsuite.trainer.Task), and `embed(model, batch)`: (B, D), what a linear head reads."""
@@ -234,7 +237,7 @@ def train_one(
     return Outcome(fold, seed, adapter, adapted, outputs, params, result, seconds, extra=extra)
 
 
-class _Embedding:
+class Embedding:
     """A task whose outputs are what the head reads."""
 
     def __init__(self, task):
@@ -252,7 +255,7 @@ def start_head(handle: Handle, task, dataset, plan: Plan) -> None:
     """
     import torch
 
-    features, targets = predict_all(handle.model, _Embedding(task), dataset, plan.batch_size, plan.device)
+    features, targets = predict_all(handle.model, Embedding(task), dataset, plan.batch_size, plan.device)
     path = handle.model.linear_head.replace(".", "/")
     weight, bias = (handle.adapter.tensors[f"{path}/{name}"] for name in ("weight", "bias"))
     values = linear_probe(features, targets, len(bias))
@@ -600,32 +603,98 @@ def report_adapter(
 
 
 def label_files(
-    domain: Domain, folder: str | Path, files: Sequence[str], device: str | None = None, batch_size: int | None = None
+    domain: Domain,
+    folder: str | Path,
+    files: Sequence[str],
+    device: str | None = None,
+    batch_size: int | None = None,
+    skip_bad: bool = False,
 ) -> dict[str, Any]:
-    """{"predictions": [{"path", "label", "scores": {label: probability}}], "skipped": [{"path", "reason"}]}.
+    """{"predictions": [{"path", "label", "scores": {label: probability}}], "skipped": [{"path", "reason"}], "notes"}.
 
-    Folders are searched for files of the domain; a file that cannot be read is skipped and listed, not fatal.
+    Folders are searched for files of the domain. Raises DataError as `readable`.
     """
-    paths, predictions, skipped = list(_expand(domain, files)), [], []
     handle, recipe, labels, _ = restore(domain, folder)
-    good = []
-    for path in paths:
+    paths, skipped = readable(domain, files, skip_bad)
+    dataset = domain.dataset(handle.model, paths, None)
+    outputs, predictions = _outputs(domain, handle, recipe, labels, dataset, device, batch_size), []
+    for path, scores in zip(paths, to_probabilities(outputs, recipe.data.task), strict=True):
+        named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
+        if recipe.data.task == "multilabel":
+            label = ";".join(k for k, v in named.items() if v >= 0.5)
+        else:
+            label = max(named, key=named.get)
+        predictions.append({"path": str(path), "label": label, "scores": named})
+    return {"predictions": predictions, "skipped": skipped, "notes": file_notes(domain, handle.model, paths)}
+
+
+def readable(domain: Domain, files: Sequence[str], skip_bad: bool = False) -> tuple[list[Path], list[dict[str, str]]]:
+    """(files, skipped): files and all those below folders, each looked at whole, in order and once.
+
+    A file that cannot be used raises DataError, or with skip_bad is listed as {"path", "reason"}; none left raises too.
+    """
+    good, skipped = [], []
+    for path in dict.fromkeys(_expand(domain, files)):
         try:
             domain.look(path)
             good.append(path)
         except DataError as e:
+            if not skip_bad:
+                raise DataError(f"{e}; --skip-bad goes on without such files") from e
             skipped.append({"path": str(path), "reason": str(e)})
-    if good:
-        dataset = domain.dataset(handle.model, good, None)
-        outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
-        for path, scores in zip(good, to_probabilities(outputs, recipe.data.task), strict=True):
-            named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
-            if recipe.data.task == "multilabel":
-                label = ";".join(k for k, v in named.items() if v >= 0.5)
-            else:
-                label = max(named, key=named.get)
-            predictions.append({"path": str(path), "label": label, "scores": named})
-    return {"predictions": predictions, "skipped": skipped}
+    if not good:
+        raise DataError(f"no file could be read; the first: {skipped[0]['reason']}")
+    return good, skipped
+
+
+def file_notes(domain: Domain, model: nn.Module, paths: Sequence[Path]) -> list[str]:
+    """What is said once of all the files of a command; domains without a `notes` have nothing to say."""
+    return domain.notes(model, paths) if hasattr(domain, "notes") else []
+
+
+def embed_files(
+    domain: Domain,
+    source: str | Path | Recipe,
+    files: Sequence[str],
+    device: str | None = None,
+    batch_size: int | None = None,
+    each_item: bool = False,
+    skip_bad: bool = False,
+) -> dict[str, Any]:
+    """What a linear head would read of files: {"paths", "features" (N, D) float32, "skipped", "notes"}.
+
+    source: an adapter's folder, or a recipe with a backbone. each_item: a row for each item that a file is read as (a
+    window), with "starts" where the domain's data set tells them, instead of the mean over a file.
+    """
+    if isinstance(source, Recipe):
+        paths, skipped = readable(domain, files, skip_bad)
+        recipe = complete(domain, replace(source, method="linear"), paths)
+        labels: Sequence[str] = ("a", "b")
+        model = domain.model(recipe, labels)
+    else:
+        handle, recipe, labels, _ = restore(domain, source)
+        model, (paths, skipped) = handle.model, readable(domain, files, skip_bad)
+    dataset, plan = domain.dataset(model, paths, None), recipes.build(Plan, recipe.plan, "plan")
+    task = Embedding(domain.task(recipe, labels))
+    raw, _ = predict_all(model, task, dataset, batch_size or plan.batch_size, device or plan.device)
+    found = {"paths": [str(p) for p in paths], "skipped": skipped, "notes": file_notes(domain, model, paths)}
+    if not each_item:
+        return {**found, "features": dataset.mean_by_row(raw).astype(np.float32)}
+    rows = getattr(dataset, "rows", range(len(paths)))
+    starts = {"starts": dataset.starts} if hasattr(dataset, "starts") else {}
+    return {**found, "paths": [str(paths[row]) for row in rows], **starts, "features": raw}
+
+
+def write_features(path: Path, found: dict[str, Any]) -> None:
+    """`embed_files` as .npz (arrays paths, starts, features) or .csv (path, start, f0, f1, ...), by the name's end."""
+    if path.suffix == ".npz":
+        file = io.BytesIO()
+        np.savez(file, **{k: np.asarray(found[k]) for k in ("paths", "starts", "features") if k in found})
+        write_file(path, file.getvalue())
+        return
+    starts = [{"start": float(s)} for s in found["starts"]] if "starts" in found else [{}] * len(found["paths"])
+    rows = zip(found["paths"], starts, found["features"], strict=True)
+    write_csv(path, [{"path": p, **s, **{f"f{i}": float(v) for i, v in enumerate(f)}} for p, s, f in rows])
 
 
 def _expand(domain: Domain, files: Sequence[str]):

@@ -322,14 +322,17 @@ def _nearest(word: str, choices: Iterable[str]) -> str:
     return text if len(text) <= 300 else text[:300] + " …"
 
 
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, object]]) -> None:
+def write_csv(
+    path: str | Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] = (), delimiter: str = ","
+) -> None:
     """Write rows as a CSV that a spreadsheet shows and does not run: text starting with = + - @ gets a quote before it.
 
-    Columns are the keys in the order of their first appearance; a key that a row lacks is an empty cell.
+    Columns are `columns`, which stand even over no rows, then the keys in the order of their first appearance; a key
+    that a row lacks is an empty cell.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys([*columns, *(name for row in rows for name in row)]))
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", delimiter=delimiter)
     writer.writerow([_harmless(name) for name in names])
     writer.writerows([_harmless(row.get(name, "")) for name in names] for row in rows)
     write_file(path, text.getvalue())

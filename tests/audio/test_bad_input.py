@@ -188,7 +188,7 @@ def test_other_rates_and_channels_are_said_once_with_their_counts(adapt, tmp_pat
     assert said == [
         "resampled: 3 files of 44100 Hz, 1 of 8000 Hz to 16000 Hz",
         "mixed to mono: 1 file of 2 channels",
-        "1 of 12 files are sampled below the model's 16000 Hz: the upper part of what it listens to is empty",
+        "1 of 12 files hold nothing above 4000 Hz, the model listens up to 8000 Hz: expect less of it there",
     ]
     assert all(line in (tmp_path / "run" / "report.html").read_text() for line in said[:2])
 

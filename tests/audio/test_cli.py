@@ -186,10 +186,12 @@ def test_predict_labels_files_and_folders(adapt, trained, data):
 def test_predict_skips_and_names_what_it_cannot_read(adapt, trained, data, tmp_path):
     bad = tmp_path / "bad.wav"
     bad.write_bytes(b"")
-    found, err = adapt("predict", trained, bad, data.parent / "low0.wav", "--json")
+    _, err = adapt("predict", trained, bad, data.parent / "low0.wav", code=3)
+    assert "bad.wav" in err and "--skip-bad" in err
+    found, err = adapt("predict", trained, bad, data.parent / "low0.wav", "--skip-bad", "--json")
     assert [Path(r["path"]).name for r in found["skipped"]] == ["bad.wav"] and "0 bytes" in err
     assert len(found["predictions"]) == 1
-    adapt("predict", trained, bad, code=3)
+    adapt("predict", trained, bad, "--skip-bad", code=3)
 
 
 def test_report_of_a_saved_adapter(adapt, trained, data, tmp_path):
