@@ -144,7 +144,10 @@ class SoftMoaBranch(nn.Module):
         h = e.of_slots(s.unflatten(1, (-1, slots)).transpose(0, 1)).flatten(1, 2)  # (N, B*S, R)
         out = torch.baddbmm(e.up_bias[:, None], h, e.up.transpose(1, 2))
         out = out.unflatten(1, (-1, slots)).transpose(0, 1).flatten(1, 2)  # (B, N*S, D)
-        return y + (combine.to(out.dtype) @ out).reshape(shape)
+        combine = combine.to(out.dtype)
+        if y.dtype == out.dtype:  # one pass over (B, T, D) less; autocast would cut a float32 y to half precision here
+            return torch.baddbmm(y.flatten(1, -2), combine, out).reshape(shape)
+        return y + (combine @ out).reshape(shape)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float | list[float]]:
