@@ -144,7 +144,10 @@ class SoftMoaBranch(nn.Module):
         h = e.of_slots(s.unflatten(1, (-1, slots)).transpose(0, 1)).flatten(1, 2)  # (N, B*S, R)
         out = torch.baddbmm(e.up_bias[:, None], h, e.up.transpose(1, 2))
         out = out.unflatten(1, (-1, slots)).transpose(0, 1).flatten(1, 2)  # (B, N*S, D)
-        return y + (combine.to(out.dtype) @ out).reshape(shape)
+        combine = combine.to(out.dtype)
+        if y.dtype == out.dtype:  # one pass over (B, T, D) less; autocast would cut a float32 y to half precision here
+            return torch.baddbmm(y.flatten(1, -2), combine, out).reshape(shape)
+        return y + (combine @ out).reshape(shape)
 
     @torch.no_grad()
     def diagnostics(self, x: Tensor, mask: Tensor | None = None) -> dict[str, float | list[float]]:
@@ -169,7 +172,7 @@ class DenseMoaBranch(nn.Module):
     """out = sum_n softmax(W_g x + b_g)_n A_n(x) for every token, as one pair of wide products.
 
     The gate scales the hidden features, so that (B, T, D, N) is never built:
-    sum_n g_n (U_n h_n + b_n) = [U_1 .. U_N] [g_1 h_1; ..; g_N h_N] + g [b_1 .. b_N].
+    sum_n g_n (U_n h_n + b_n) = [U_1 .. U_N b_1 .. b_N] [g_1 h_1; ..; g_N h_N; g_1; ..; g_N].
     """
 
     def __init__(self, experts: Experts | Conformers, placement: Placement = "parallel"):
@@ -191,7 +194,7 @@ class DenseMoaBranch(nn.Module):
         tokens = source.flatten(1, -2)  # (B, T, D), also from grids of tokens
         gate = self.router(tokens).to(y.dtype)  # (B, T, N)
         h = e.of_tokens(tokens, token_mask(context, tokens)) * gate[..., None]
-        out = F.linear(h.flatten(-2), e.up.transpose(0, 1).flatten(1)) + gate @ e.up_bias
+        out = torch.cat([h.flatten(-2), gate], -1) @ torch.cat([e.up.transpose(1, 2).flatten(0, 1), e.up_bias])
         return y + out.unflatten(1, y.shape[1:-1])
 
     @torch.no_grad()
