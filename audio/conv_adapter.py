@@ -69,15 +69,18 @@ class Conformers(nn.Module):
         self.up = nn.Parameter(torch.zeros(num, dim_out, bottleneck))
         self.up_bias = nn.Parameter(torch.zeros(num, dim_out))
 
-    def of_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden features (B, T, N, R) of the same tokens (B, T, D) for all N."""
+    def of_tokens(
+        self, x: Tensor, gate: nn.Linear | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden features (B, T, N, R) of the same tokens (B, T, D) for all N, and a mixture's gate logits (B, T, N)."""
         weight = self.down * self.gain[:, None]  # the norm's affine, folded into what follows: one wide product
         bias = self.down_bias + torch.einsum("nrd,nd->nr", self.down, self.shift)
         h = F.linear(F.layer_norm(x, x.shape[-1:]), weight.flatten(0, 1), bias.flatten())
         h = F.glu(h.unflatten(-1, bias.shape), -1)  # (B, T, N, R)
         if mask is not None:
             h = h * mask[..., None, None]
-        return self._convolve(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        h = self._convolve(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return h, None if gate is None else gate(x)
 
     def of_slots(self, s: Tensor) -> Tensor:
         """Hidden features (N, B, S, R) of slots (N, B, S, D), each of the N on its own; one slot alone meets only the
@@ -102,7 +105,7 @@ class ConformerBranch(InsertBranch):
 
     def adapt(self, tokens: Tensor, context) -> Tensor:
         c, sequence = self.conformer, tokens.flatten(1, -2)
-        h = c.of_tokens(sequence, token_mask(context, sequence))[..., 0, :]
+        h = c.of_tokens(sequence, mask=token_mask(context, sequence))[0][..., 0, :]
         return F.linear(h, c.up[0], c.up_bias[0]).unflatten(1, tokens.shape[1:-1])
 
 

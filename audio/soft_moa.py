@@ -94,10 +94,12 @@ class Experts(nn.Module):
         nn.init.uniform_(self.down, -bound, bound)
         nn.init.uniform_(self.down_bias, -bound, bound)
 
-    def of_tokens(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Hidden features (..., N, R) of the same tokens (..., D) for all experts."""
-        h = F.gelu(F.linear(x, self.down.flatten(0, 1), self.down_bias.flatten()))
-        return h.unflatten(-1, self.down.shape[:2])
+    def of_tokens(self, x: Tensor, gate: nn.Linear, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden features (B, T, N, R) of the same tokens (B, T, D) for all experts, and the gate's logits (B, T, N):
+        both read the tokens in one product."""
+        weight = torch.cat([self.down.flatten(0, 1), gate.weight])
+        h = F.linear(x, weight, torch.cat([self.down_bias.flatten(), gate.bias]))
+        return F.gelu(h[..., : -len(gate.bias)]).unflatten(-1, self.down.shape[:2]), h[..., -len(gate.bias) :]
 
     def of_slots(self, s: Tensor) -> Tensor:
         """Hidden features (N, B, S, R) of slots (N, B, S, D), each expert on its own."""
@@ -192,8 +194,9 @@ class DenseMoaBranch(nn.Module):
     def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
         source, e = x if self.placement == "parallel" else y, self.experts
         tokens = source.flatten(1, -2)  # (B, T, D), also from grids of tokens
-        gate = self.router(tokens).to(y.dtype)  # (B, T, N)
-        h = e.of_tokens(tokens, token_mask(context, tokens)) * gate[..., None]
+        h, logits = e.of_tokens(tokens, self.gate, token_mask(context, tokens))
+        gate = _wide(logits).softmax(-1).to(y.dtype)  # (B, T, N)
+        h = h * gate[..., None]
         out = torch.cat([h.flatten(-2), gate], -1) @ torch.cat([e.up.transpose(1, 2).flatten(0, 1), e.up_bias])
         return y + out.unflatten(1, y.shape[1:-1])
 
