@@ -72,7 +72,7 @@ class Conformers(nn.Module):
     def of_tokens(
         self, x: Tensor, gate: nn.Linear | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden features (B, T, N, R) of the same tokens (B, T, D) for all N, and a mixture's gate logits (B, T, N)."""
+        """Hidden features (B, T, N, R) of the same tokens (B, T, D) for all N, and a mixture's gate logits."""
         weight = self.down * self.gain[:, None]  # the norm's affine, folded into what follows: one wide product
         bias = self.down_bias + torch.einsum("nrd,nd->nr", self.down, self.shift)
         h = F.linear(F.layer_norm(x, x.shape[-1:]), weight.flatten(0, 1), bias.flatten())

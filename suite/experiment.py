@@ -427,10 +427,13 @@ def _predictions(subset: Manifest, labels: Sequence[str], outputs: np.ndarray, r
 
 def _adapted(recipe: Recipe, handle: Handle) -> dict[str, Any]:
     roles = Counter(s.role for s in handle.sites)
+    norms = sum(kind == "norm" for kind in handle.adapter.kinds.values())
+    bare = sum(s.norm is None for s in handle.sites) if "beside" in handle.method.norms else 0
     return {
         "backbone": recipe.backbone + (" (random weights)" if recipe.random_weights else ""),
         "method": recipe.method,
         "sites": ", ".join(f"{n} x {role}" for role, n in roles.items()) or "none",
+        "norms": f"{norms} tensors trained" + (f"; {bare} sites have no norm before them" if bare else ""),
         **{k: v for k, v in recipe.method_settings.items() if k != "sites"},
     }
 

@@ -42,7 +42,7 @@ class Site:
     bias: str | None = None  # its bias, cut by the same rows; None when there is none or it is elsewhere (EVA, BEiT)
     rows: tuple[int, int] | None = None  # output features of a fused weight that are this part; None: all of them
     layout: str = "linear"  # "linear" (out, in) | "conv1d" (in, out: rows are columns) | "conv" (out, in, *kernel)
-    norm: str | None = None  # the norm that the site's input has passed
+    norm: str | None = None  # the norm that the site's input has passed last
     carrier: tuple[str, int] | None = None  # (module, positional argument): the call, earlier than y, that holds x
     batch_first: bool = True  # False: the module gets (T, B, D)
     component: str = ""  # prefix of the sub-model, as in Component
@@ -176,7 +176,9 @@ FINAL_NORMS = (
     "norm", "fc_norm", "layernorm", "pooler.layernorm", "post_layernorm", "final_layer_norm", "final_norm",
     "layer_norm", "ln_f", "ln_post", "ln_final", "encoder.norm", "encoder.layer_norm", "encoder.transformer.layer_norm",
 )  # fmt: skip
-EARLY_NORMS = ("encoder.layer_norm", "encoder.transformer.layer_norm")  # wav2vec2: before the blocks of post-norm hosts
+# before the blocks of post-norm hosts
+EARLY_NORMS = ("encoder.layer_norm", "encoder.transformer.layer_norm", "embeddings.LayerNorm")
+CROSS = ("encoder_attn", "multihead_attn", "crossattention")  # attention to another sequence, in decoder blocks
 HEADS = (
     "head", "heads", "classifier", "classification_head", "score", "lm_head", "cls", "qa_outputs", "out", "fc",
 )  # fmt: skip
@@ -236,7 +238,8 @@ class _Block:
     """A matched block; all paths are relative to it."""
 
     layout: Layout
-    pre_norm: bool
+    pre_norm: bool  # x + attn(norm(x))
+    post_norm: bool  # norm(x + attn(x)); neither where it is x + norm(attn(x))
     attention: dict[str, list[_Weight]]  # role -> weights
     mlps: list[tuple[str, str, list[_Weight], _Weight]]  # module, norm, in, out
     batch_first: bool
@@ -340,10 +343,11 @@ def _match(module: nn.Module) -> _Block | None:
         mlps = [(path, norm, _mlp(module, path, weights["attn.qkv"][0].dim)) for path, norm in layout.mlps]
         if any(mlp is None or _at(module, norm) is None for _, norm, mlp in mlps):
             continue
-        pre_norm = layout.pre_norm if isinstance(layout.pre_norm, bool) else layout.pre_norm(module)
-        pre_norm = bool(getattr(module, "norm_first", pre_norm))
+        own, rule = getattr(module, "norm_first", None), layout.pre_norm
+        pre_norm = bool(own if own is not None else rule if isinstance(rule, bool) else rule(module))
+        post_norm = not pre_norm and (own is not None or rule is not _not_res_post)
         batch_first = getattr(_at(module, layout.attn), "batch_first", True)
-        return _Block(layout, pre_norm, weights, [(p, n, *mlp) for p, n, mlp in mlps], batch_first, blocked)
+        return _Block(layout, pre_norm, post_norm, weights, [(p, n, *mlp) for p, n, mlp in mlps], batch_first, blocked)
     return None
 
 
@@ -473,11 +477,13 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
     found: dict[str, list[Site]] = {role: [] for role in ROLES}
     blocked: dict[str, str] = {}
     for tower in _towers(model):
+        before = next((p for n in EARLY_NORMS if _is_norm(_at(model, p := _join(tower.root, n)))), None)
         for index, block in enumerate(tower.blocks):
-            for site in _block_sites(model, block):
+            for site in _block_sites(model, block, before):
                 info = tower.info
                 own = {"component": info.prefix, "prefix_tokens": info.num_prefix_tokens}
                 found[site.role].append(replace(site, block=index, **own))
+            before = _join(block.path, block.mlps[-1][1])
             if block.blocked:
                 blocked |= {role: f"{_join(block.path, block.blocked)}" for role in ("attn.q", "attn.k", "attn.v")}
         for site in _outer_sites(model, tower):
@@ -485,14 +491,20 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
     return {role: list({site.key: site for site in sites}.values()) for role, sites in found.items()}, blocked
 
 
-def _block_sites(model: nn.Module, block: _Block) -> Iterator[Site]:
+def _block_sites(model: nn.Module, block: _Block, before: str | None) -> Iterator[Site]:
+    """before: the norm that the input of a post-norm block has passed, in the block before or ahead of the first."""
     layout, module, dim = block.layout, _at(model, block.path), block.dim
+    if any(_at(module, name) is not None for name in CROSS):  # its norms stand between the two halves
+        between = None
+    else:
+        between = _join(block.path, layout.norm)
 
     def at(path: str) -> str:
         return _join(block.path, path)
 
-    def beside(path: str) -> str | None:
-        return at(path) if block.pre_norm and _is_norm(_at(module, path)) else None
+    def beside(path: str, passed: str | None) -> str | None:
+        found = at(path) if block.pre_norm else passed if block.post_norm else None
+        return found if found and _is_norm(_at(model, found)) else None
 
     def tokens(role: str, path: str, norm: str | None = None, carrier: tuple[str, int] | None = None) -> Site:
         carrier = carrier and (at(carrier[0]), carrier[1])
@@ -501,12 +513,12 @@ def _block_sites(model: nn.Module, block: _Block) -> Iterator[Site]:
     def weights(role: str, weight: _Weight, norm: str | None = None) -> Site:
         return _weight_site(role, block.path, weight, norm=norm, batch_first=block.batch_first)
 
-    norm = beside(layout.norm)
+    norm = beside(layout.norm, before)
     for role, parts in block.attention.items():
         yield from (weights(role, part, None if role == "attn.out" else norm) for part in parts)
     yield tokens("attn", layout.attn_site or layout.attn, norm, layout.attn_carrier)
     for path, norm_path, ins, out in block.mlps:
-        norm = beside(norm_path)
+        norm = beside(norm_path, between)
         yield from (weights("mlp.in", part, norm) for part in ins)
         yield weights("mlp.out", out)
         if not path:  # the layers lie on the block: what the first reads, what the last writes
@@ -587,6 +599,10 @@ def _transformers_example(model, noise, ids):
     elif name == "input_values":
         mel = hasattr(config, "num_mel_bins") and hasattr(config, "max_length") and hasattr(config, "patch_size")
         inputs = {name: noise(1, config.max_length, config.num_mel_bins) if mel else noise(1, 4000)}
+    elif name == "input_features" and hasattr(config, "spec_size"):  # CLAP: as many frames as make its square
+        frames = config.spec_size * (config.spec_size // config.num_mel_bins)
+        channels = 4 if config.enable_fusion else 1
+        inputs = {name: noise(1, channels, frames, config.num_mel_bins), "is_longer": ids(1, 1) == 0}
     elif name == "input_features" and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         inputs = {name: noise(1, config.num_mel_bins, 2 * config.max_source_positions)}
     elif name == "input_features" and hasattr(config, "feature_projection_input_dim"):

@@ -97,9 +97,10 @@ def test_its_parts_are_found():
     assert (q.path, q.rows, q.bias) == ("backbone.blocks.0.attn.qkv", (0, 32), None)
 
 
-def test_a_block_that_says_norm_first_false_has_no_norm_before_its_parts(monkeypatch):
+def test_a_block_that_says_norm_first_false_has_its_norms_behind_its_parts(monkeypatch):
     model = host().model
-    assert {site.norm for site in find_sites(model, ["attn", "attn.q", "mlp", "mlp.in"])} == {None}
+    assert [s.norm for s in find_sites(model, "attn")] == [None, "backbone.blocks.0.norm2"]
+    assert [s.norm for s in find_sites(model, "mlp")] == [f"backbone.blocks.{i}.norm1" for i in (0, 1)]
     monkeypatch.setattr(Block, "norm_first", True)
     assert {site.norm for site in find_sites(model, "mlp")} == {f"backbone.blocks.{i}.norm2" for i in (0, 1)}
 
