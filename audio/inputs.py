@@ -56,7 +56,7 @@ class Input(nn.Module):
         """(B, T) bool, which tokens are real; None: all of them, whatever the length."""
         columns = torch.arange(self.grid[1], device=length.device)
         real = (columns < self.columns(length)[:, None]) | (columns == 0)
-        always = torch.ones(len(length), self.prefix, dtype=torch.bool, device=length.device)
+        always = torch.ones(length.shape[0], self.prefix, dtype=torch.bool, device=length.device)
         return torch.cat([always, real.repeat(1, self.grid[0])], 1)
 
     def columns(self, length: Tensor) -> Tensor:
@@ -216,10 +216,10 @@ class ClapInput(Input):
 
     def features(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
         """(B, 1, T, F) decibels (4 equal channels for a fused checkpoint): the clip repeated whole, then zeros."""
-        length = torch.full((len(wave),), wave.shape[1], device=wave.device) if length is None else length
+        length = torch.full(wave.shape[:1], wave.shape[1], device=wave.device) if length is None else length
         at, length = torch.arange(self.total, device=wave.device), length.clamp_min(1)[:, None]
         repeated = wave.gather(1, (at % length).clamp_max(wave.shape[1] - 1))
-        wave = repeated * (at < self.total // length * length)
+        wave = repeated * (at < torch.full_like(length, self.total) // length * length)
         spectrum = torch.stft(wave, self.fft, self.hop, window=self.window, return_complex=True).abs() ** 2
         x = 10 * (self.banks.T @ spectrum).clamp_min(1e-10).log10()
         return x.transpose(1, 2)[:, None].expand(-1, self.channels, -1, -1)
@@ -228,7 +228,7 @@ class ClapInput(Input):
         return None
 
     def tokens(self, backbone: nn.Module, features: Tensor, length: Tensor | None = None) -> Tensor:
-        longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
+        longer = torch.zeros(features.shape[0], 1, dtype=torch.bool, device=features.device)
         return backbone(features, is_longer=longer).last_hidden_state.flatten(2).transpose(1, 2)
 
 
