@@ -171,7 +171,8 @@ class WhisperInput(Input):
             _record_resized(backbone, "embed_positions.weight", positions.weight)
         banks = mel_filter_bank(201, config.num_mel_bins, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
         self.register_buffer("banks", torch.from_numpy(banks).float(), persistent=False)  # (201, F)
-        self.register_buffer("window", torch.hann_window(400), persistent=False)
+        # torch's is a view of a longer one, at which torch.export.save warns
+        self.register_buffer("window", torch.hann_window(400).clone(), persistent=False)
 
     def features(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
         """(B, F, frames): log10 mel energies within 8 of the clip's largest, over 4, plus 1."""
@@ -207,7 +208,7 @@ class ClapInput(Input):
         high_hz = min(front_end.high_hz or rate / 2, rate / 2)
         banks = mel_filter_bank(fft // 2 + 1, config.num_mel_bins, front_end.low_hz, high_hz, rate, **scale)
         self.register_buffer("banks", torch.from_numpy(banks).float(), persistent=False)
-        self.register_buffer("window", torch.hann_window(fft), persistent=False)
+        self.register_buffer("window", torch.hann_window(fft).clone(), persistent=False)
         side = config.spec_size // config.patch_stride[0] // 2 ** (len(config.depths) - 1)
         rows = side // (config.spec_size // config.num_mel_bins)
         self.grid = (rows, side * side // rows)
