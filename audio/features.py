@@ -63,7 +63,7 @@ def pad_frames(x: Tensor, frames: int, floor: Tensor | float) -> tuple[Tensor, T
     (`Fbank.floor`); and (B, frames) bool, which frames are real."""
     real = torch.arange(frames, device=x.device) < x.shape[1]
     x = F.pad(x[:, :frames], (0, 0, 0, max(frames - x.shape[1], 0)), value=float(floor))
-    return x, real.expand(len(x), -1)
+    return x, real.expand(x.shape[0], -1)
 
 
 def gain(wave: Tensor, db: float) -> Tensor:

@@ -57,7 +57,7 @@ class Input(nn.Module):
         """(B, T) bool, which tokens are real; None: all of them, whatever the length."""
         columns = torch.arange(self.grid[1], device=length.device)
         real = (columns < self.columns(length)[:, None]) | (columns == 0)
-        always = torch.ones(len(length), self.prefix, dtype=torch.bool, device=length.device)
+        always = torch.ones(length.shape[0], self.prefix, dtype=torch.bool, device=length.device)
         return torch.cat([always, real.repeat(1, self.grid[0])], 1)
 
     def columns(self, length: Tensor) -> Tensor:
@@ -173,7 +173,8 @@ class WhisperInput(Input):
             _record_resized(backbone, "embed_positions.weight", positions.weight)
         banks = mel_filter_bank(201, config.num_mel_bins, 0.0, 8000.0, 16000, norm="slaney", mel_scale="slaney")
         self.register_buffer("banks", torch.from_numpy(banks).float(), persistent=False)  # (201, F)
-        self.register_buffer("window", torch.hann_window(400), persistent=False)
+        # torch's is a view of a longer one, at which torch.export.save warns
+        self.register_buffer("window", torch.hann_window(400).clone(), persistent=False)
 
     def features(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
         """(B, F, frames): log10 mel energies within 8 of the clip's largest, over 4, plus 1."""
@@ -209,7 +210,7 @@ class ClapInput(Input):
         high_hz = min(front_end.high_hz or rate / 2, rate / 2)
         banks = mel_filter_bank(fft // 2 + 1, config.num_mel_bins, front_end.low_hz, high_hz, rate, **scale)
         self.register_buffer("banks", torch.from_numpy(banks).float(), persistent=False)
-        self.register_buffer("window", torch.hann_window(fft), persistent=False)
+        self.register_buffer("window", torch.hann_window(fft).clone(), persistent=False)
         side = config.spec_size // config.patch_stride[0] // 2 ** (len(config.depths) - 1)
         rows = side // (config.spec_size // config.num_mel_bins)
         self.grid = (rows, side * side // rows)
@@ -218,10 +219,10 @@ class ClapInput(Input):
 
     def features(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
         """(B, 1, T, F) decibels (4 equal channels for a fused checkpoint): the clip repeated whole, then zeros."""
-        length = torch.full((len(wave),), wave.shape[1], device=wave.device) if length is None else length
+        length = torch.full(wave.shape[:1], wave.shape[1], device=wave.device) if length is None else length
         at, length = torch.arange(self.total, device=wave.device), length.clamp_min(1)[:, None]
         repeated = wave.gather(1, (at % length).clamp_max(wave.shape[1] - 1))
-        wave = repeated * (at < self.total // length * length)
+        wave = repeated * (at < torch.full_like(length, self.total) // length * length)
         spectrum = torch.stft(wave, self.fft, self.hop, window=self.window, return_complex=True).abs() ** 2
         x = 10 * (self.banks.T @ spectrum).clamp_min(1e-10).log10()
         return x.transpose(1, 2)[:, None].expand(-1, self.channels, -1, -1)
@@ -230,7 +231,7 @@ class ClapInput(Input):
         return None
 
     def tokens(self, backbone: nn.Module, features: Tensor, length: Tensor | None = None) -> Tensor:
-        longer = torch.zeros(len(features), 1, dtype=torch.bool, device=features.device)
+        longer = torch.zeros(features.shape[0], 1, dtype=torch.bool, device=features.device)
         return backbone(features, is_longer=longer).last_hidden_state.flatten(2).transpose(1, 2)
 
 

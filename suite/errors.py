@@ -34,6 +34,12 @@ class Diverged(RuntimeError):
     exit_code = 1
 
 
+class Inexact(RuntimeError):
+    """A written model that does not say what the adapter says. Exit code 1."""
+
+    exit_code = 1
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of an error line: the names closest to `word`, or all of them when none is close."""
     choices = sorted(choices)

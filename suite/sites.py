@@ -477,7 +477,8 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
     found: dict[str, list[Site]] = {role: [] for role in ROLES}
     blocked: dict[str, str] = {}
     for tower in _towers(model):
-        before = next((p for n in EARLY_NORMS if _is_norm(_at(model, p := _join(tower.root, n)))), None)
+        early = ((_join(tower.root, name), tower.blocks[0].dim) for name in EARLY_NORMS)
+        before = next((path for path, dim in early if _is_norm(n := _at(model, path)) and len(n.weight) == dim), None)
         for index, block in enumerate(tower.blocks):
             for site in _block_sites(model, block, before):
                 info = tower.info

@@ -23,6 +23,7 @@ HEAVY = {
     "nibabel",
     "onnx",
     "onnxruntime",
+    "onnxscript",
     "open_clip",
     "optuna",
     "peft",

@@ -1,13 +1,19 @@
 """wav2vec 2.0, HuBERT, WavLM, Whisper and CLAP from hub folders: same input as their extractors, padding unseen."""
 
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from adaptsuite.audio import backbones
+from adaptsuite.audio.export import Classifier
 from adaptsuite.audio.pipeline import DOMAIN, AudioModel, HeadSettings
 from adaptsuite.errors import UsageError
 from adaptsuite.experiment import adapt, complete
+from adaptsuite.export import write_onnx, write_torch
 from adaptsuite.recipe import Recipe
 from adaptsuite.verify import verify
 
@@ -112,6 +118,28 @@ def test_methods_live_on_every_audio_family(folders, family, method):
     recipe = complete(DOMAIN, Recipe("audio", f"hf:{folders(family)}", method=method, front_end={"frames": 60}))
     handle = adapt(DOMAIN, recipe, ["a", "b", "c"])
     verify(handle, DOMAIN.sample(handle.model), fresh=True).raise_if_dead()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES[:-1])
+def test_every_family_exports_with_its_front_end_for_any_batch(folders, family):
+    backbone, heard = backbones.load(f"hf:{folders(family)}", frames=60)
+    graph = Classifier(AudioModel(backbone, heard, 3)).eval()
+    inputs = dict(zip(("wave", "length"), DOMAIN.sample(graph.model, 3), strict=True))
+    with torch.no_grad():
+        expected = graph(**inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        assert write_torch(Path(folder) / "m.pt2", graph, inputs, expected, {}) < 1e-5
+        assert find_spec("onnxscript") is None or write_onnx(Path(folder) / "m", graph, inputs, expected, {}) < 1e-5
+
+
+def test_a_fused_clap_is_not_exported(folders, tmp_path):
+    """transformers asks there for values: which clips are longer than 10 s, though none ever is."""
+    backbone, heard = backbones.load(f"hf:{folders('clap-fused')}", frames=60)
+    graph = Classifier(AudioModel(backbone, heard, 3)).eval()
+    inputs = dict(zip(("wave", "length"), DOMAIN.sample(graph.model), strict=True))
+    with pytest.raises(UsageError, match="torch.export cannot trace this model: .*data-dependent"):
+        write_torch(tmp_path / "m.pt2", graph, inputs, torch.zeros(2, 3), {})
 
 
 @pytest.mark.parametrize(
