@@ -247,7 +247,7 @@ def monai_swin_unetr():
     from monai.networks.nets import SwinUNETR
 
     model = SwinUNETR(1, 2, feature_size=12, depths=(2, 1, 1, 1), num_heads=(2, 2, 2, 2), spatial_dims=2)
-    return model, (torch.randn(2, 1, 64, 32),), {}, _same
+    return model, (torch.randn(2, 1, 64, 64),), {}, _same
 
 
 @host
