@@ -85,6 +85,7 @@ class AstInput(Input):
         self.fbank = Fbank(num_mel_bins=front_end.num_mel_bins, low_hz=front_end.low_hz, high_hz=front_end.high_hz)
         self.grid = grid(config, front_end.frames)
         self.stride, self.patch = config.time_stride, config.patch_size
+        self.blind = zero_positions
         self.zero_padding = False  # transformers' extractor pads with 0 behind the mel, which is louder than silence
 
     @property

@@ -264,7 +264,9 @@ class AudioDomain:
             self.cache = Cache()
         dataset = self.dataset(model, paths, None)
         dataset.load()
-        return dataset.remarks()
+        blind = "front_end.reference_compat: position embeddings are zero, as the PETL-AST code has them: the model "
+        blind += "cannot tell the order of what it hears"
+        return [*dataset.remarks(), *[blind] * getattr(model.input, "blind", False)]
 
     def look(self, path: Path) -> dict[str, Any]:
         """What `check` says of one file, decoded whole; raises DataError where it cannot be used."""

@@ -376,8 +376,11 @@ def run(
         return result
     part = "test" if result["metrics"]["test"] else "val"
     seen = [o for o in outcomes if part in o.outputs]
-    indices = np.concatenate([getattr(o.fold, part) for o in seen])
-    names = [o.adapter.parent.name for o in seen for _ in o.outputs[part]] if len(outcomes) > 1 else None
+    said = None  # where no row was held back there is no evidence
+    if seen:
+        subset = manifest.subset(np.concatenate([getattr(o.fold, part) for o in seen]))
+        names = [o.adapter.parent.name for o in seen for _ in o.outputs[part]] if len(outcomes) > 1 else None
+        said = _predictions(subset, manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names)
     page = Run(
         title=f"{recipe.method} on {Path(recipe.data.manifest).parent.name or recipe.data.manifest}",
         task=manifest.task,
@@ -393,9 +396,7 @@ def run(
             {"name": o.adapter.parent.name, "history": o.fit.history, "best_epoch": o.fit.best_epoch} for o in outcomes
         ],
         monitor=domain.task(recipe, manifest.classes).monitor,
-        predictions=_predictions(
-            manifest.subset(indices), manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names
-        ),
+        predictions=said,
         warnings=[
             *result["warnings"],
             *skipped_rows(manifest),

@@ -68,7 +68,7 @@ def test_positions_are_cut_around_the_centre_and_stretched_bilinearly():
     assert torch.equal(resize_positions(position, (2, 6), (2, 6)), position)
 
 
-def test_permuting_patches_changes_the_output_unless_compat_is_asked_for(folder):
+def test_reference_bug_01_permuting_patches_changes_the_output_unless_compat_is_asked_for(folder):
     """The reference zeroes and freezes positions of another length: its model is blind to order."""
     x = torch.randn(1, 120, 32)
     turned = torch.cat([x[:, 56:112], x[:, :56], x[:, 112:]], 1)

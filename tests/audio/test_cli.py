@@ -304,6 +304,21 @@ def test_without_a_split_training_refuses(adapt, backbone, data, tmp_path):
     assert "--test" in err and len(err.strip().splitlines()) == 1
 
 
+def test_training_on_every_row_says_that_there_is_no_evidence(adapt, backbone, tmp_path):
+    from adaptsuite.audio.synthetic import make_dataset
+
+    table = make_dataset(tmp_path / "data", num_classes=2, clips_per_class=2)
+    options = ("--data", table.parent, "--backbone", backbone, "--method", "linear", "--epochs", "1")
+    options += ("--frames", "64", "--set", "front_end.reference_compat=yes", "--val", "none")
+    rows = [{**row, "split": "train"} for row in read_table(table)]
+    write_table(table, rows)
+    out, _ = adapt("train", *options, "--out", tmp_path / "run")
+    assert "cannot tell the order of what it hears" in out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "cannot tell the order of what it hears" in page and "Result on" not in page
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["test"] == {}
+
+
 @pytest.mark.parametrize("kind", ["flipped bit", "other base", "no adapter", "unknown method"])
 def test_a_wrong_adapter_is_exit_4(adapt, trained, data, tmp_path, kind):
     import shutil

@@ -123,9 +123,9 @@ def test_padding_changes_nothing_for_real_tokens():
 # bugs of the reference
 
 
-def test_normalisation_touches_the_logits_only():
-    """The reference dispatches unit-norm tokens, so that its output ignores the input's scale, and normalises Phi over
-    the experts: here doubling X leaves both softmaxes as they are and doubles the slots."""
+def test_reference_bug_06_normalisation_touches_the_logits_only():
+    """The reference dispatches unit-norm tokens, so that its output ignores the input's scale: here doubling X leaves
+    both softmaxes as they are and doubles the slots."""
     branch, x = randomise(SoftMoaBranch(Experts(D, N, R), 1, True, "parallel")), tokens()
     _, dispatch, combine = branch.router(x)
     _, dispatch2, combine2 = branch.router(2 * x)
@@ -133,12 +133,18 @@ def test_normalisation_touches_the_logits_only():
     torch.testing.assert_close(combine, combine2)
     zero = torch.zeros_like(x)
     assert not torch.allclose(branch(x, zero, Context()), branch(2 * x, zero, Context()))
+
+
+def test_reference_bug_07_phi_is_normalised_over_the_features():
+    """The reference normalises over the experts: here the length of an expert's own slot vector does not count."""
+    branch, x = randomise(SoftMoaBranch(Experts(D, N, R), 1, True, "parallel")), tokens()
+    _, dispatch, _ = branch.router(x)
     with torch.no_grad():
         branch.phi *= torch.tensor([1.0, 5.0, 0.2])[None, :, None]
-    torch.testing.assert_close(branch.router(x)[1], dispatch)  # each slot's own length does not count
+    torch.testing.assert_close(branch.router(x)[1], dispatch)
 
 
-def test_the_mixture_is_added_once():
+def test_reference_bug_02_the_mixture_is_added_once():
     """The reference's default site adds it after the attention and again after the MLP."""
     host = HOSTS["hf_ast"]()
     handle = attach(host.model, "audio.soft_moa")

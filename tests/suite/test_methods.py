@@ -65,7 +65,7 @@ def test_lora_gradient_is_right():
     assert torch.autograd.gradcheck(lambda x: branch(x, x, None), (x,))
 
 
-def test_a_new_bottleneck_is_not_a_dead_point():
+def test_reference_bug_03_a_new_bottleneck_is_not_a_dead_point():
     """The PETL-AST code starts both projections at zero: only a bias ever moved there."""
     host = HOSTS["hf_ast"]()
     handle = attach(host.model, "bottleneck", bottleneck=4)

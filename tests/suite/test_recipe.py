@@ -226,6 +226,20 @@ def test_a_wrong_file_names_the_key_and_the_file(tmp_path, old, new, message):
         load_recipe(tmp_path / "r.toml", "audio", SECTIONS)
 
 
+def test_reference_bug_09_keys_that_a_recipe_lacks_have_defaults(tmp_path):
+    """The reference's YAML files lack keys that its scripts read: a KeyError, epochs into the run."""
+    (tmp_path / "r.toml").write_text('domain = "audio"\nmethod = "audio.soft_moa"\n[front_end]\nsample_rate_hz = 16000')
+    whole = resolved(load_recipe(tmp_path / "r.toml", "audio", SECTIONS), SECTIONS)
+    assert whole.method_settings["experts"] == 7 and whole.plan["epochs"] == Plan().epochs
+
+
+def test_reference_bug_10_false_is_false():
+    """The reference's arguments have type=bool, for which the text "False" is true."""
+    assert [changed(f"normalise={text}").method_settings["normalise"] for text in ("False", "no", "0")] == [False] * 3
+    with pytest.raises(UsageError, match="expected true or false"):
+        changed("normalise=flase")
+
+
 def test_files_that_are_no_recipes_are_usage_errors(tmp_path):
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     (tmp_path / "deep.json").write_text("[" * 100_000)

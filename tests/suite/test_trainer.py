@@ -129,7 +129,7 @@ def test_separable_toy_is_learnt():
     assert (result.steps, result.stopped, result.skipped) == (120, "epochs", 0)
 
 
-def test_best_epoch_is_a_copy_and_not_the_live_weights():
+def test_reference_bug_08_best_epoch_is_a_copy_and_not_the_live_weights():
     model, seen = net(noisy=True), []
     fit(
         model,
