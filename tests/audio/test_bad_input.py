@@ -1,7 +1,6 @@
 """Every row of the bad-day matrix for audio files: one line and exit 3, or left out and listed with --skip-bad."""
 
 import csv
-import json
 import struct
 
 import numpy as np
@@ -75,17 +74,6 @@ def adapter(tmp_path_factory):
     out = folder / "run"
     assert main(["audio", "train", "--data", str(good(folder)), *TRAIN, "--out", str(out)]) == 0
     return out
-
-
-@pytest.fixture
-def adapt(capsys):
-    def run(*arguments, code=0):
-        found = main(["audio", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return json.loads(out) if "--json" in arguments and not code else out, err
-
-    return run
 
 
 @pytest.mark.parametrize(("kind", "reason"), REASONS.items())

@@ -67,17 +67,6 @@ def read_table(path):
         return list(csv.DictReader(f))
 
 
-@pytest.fixture
-def adapt(capsys):
-    def run(*arguments, code=0):
-        found = main(["audio", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return out if "--json" not in arguments or code else json.loads(out), err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(backbone, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "moa"

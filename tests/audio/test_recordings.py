@@ -61,17 +61,6 @@ def recording(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def adapt(capsys):
-    def run(*arguments, code=0):
-        found = main(["audio", *map(str, arguments)])
-        out, err = capsys.readouterr()
-        assert found == code, err
-        return out if "--json" not in arguments or code else json.loads(out), err
-
-    return run
-
-
 # ---- the loaded classifier
 
 
