@@ -9,7 +9,7 @@ from adaptsuite.cli import main
 
 @pytest.fixture
 def adapt(capsys):
-    """`adapt(verb, *arguments, code=0)` runs `adapt audio verb ...` here: (stdout, or its JSON under --json; stderr)."""
+    """`adapt(verb, ..., code=0)` runs `adapt audio verb ...` here: (stdout, or its JSON under --json; stderr)."""
 
     def run(*arguments, code=0):
         found = main(["audio", *map(str, arguments)])
