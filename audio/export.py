@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 import adaptsuite
 from adaptsuite.atomic import check_target, write_folder
-from adaptsuite.audio.features import SAMPLE_RATE_HZ
 from adaptsuite.audio.heads import HfHead
-from adaptsuite.audio.inputs import AstInput, FrontEnd
+from adaptsuite.audio.inputs import AstInput
 from adaptsuite.audio.pipeline import DOMAIN, AudioModel
 from adaptsuite.errors import UsageError, nearest
 from adaptsuite.experiment import restore
@@ -189,12 +188,6 @@ def _only_ast(job: Job) -> None:
         )
     if method.mergeable is not True:
         raise UsageError(f"--format hf needs merged weights, {method.name!r} has none: {method.mergeable}; {other}")
-    front = model.front_end
-    found = (front.sample_rate_hz, front.low_hz, front.high_hz or front.sample_rate_hz / 2)
-    fixed = (SAMPLE_RATE_HZ, FrontEnd.low_hz, SAMPLE_RATE_HZ / 2)
-    if found != fixed:
-        spans = ["{} Hz audio from {:g} to {:g} Hz".format(*span) for span in (found, fixed)]
-        raise UsageError(f"--format hf: this front end hears {spans[0]}, transformers' extractor {spans[1]}; {other}")
 
 
 def _three_lengths(num_samples: int) -> list[Tensor]:

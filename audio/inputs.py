@@ -3,6 +3,7 @@
 A family of your own is a subclass of `Input`, made known with `adaptsuite.audio.backbones.register`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from adaptsuite.audio.features import FRAME, HOP, Fbank, normalise, pad_frames, resize_positions
 from adaptsuite.errors import UsageError
 
+BLIND = (
+    "front_end.reference_compat: position embeddings are zero, as the PETL-AST code has them: the model cannot tell "
+    "the order of what it hears"
+)
 AUDIOSET_MEAN, AUDIOSET_STD = -4.2677393, 4.5689974
 
 
@@ -36,6 +41,7 @@ class Input(nn.Module):
     """
 
     prefix = 0
+    remarks: Sequence[str] = ()
     statistics = False
     spectrogram = True
 
@@ -82,11 +88,26 @@ class AstInput(Input):
         super().__init__(backbone, front_end)
         set_frames(backbone, front_end.frames, zero=zero_positions)
         config = backbone.config
-        self.fbank = Fbank(num_mel_bins=front_end.num_mel_bins, low_hz=front_end.low_hz, high_hz=front_end.high_hz)
+        self.fbank = self._fbank()
         self.grid = grid(config, front_end.frames)
         self.stride, self.patch = config.time_stride, config.patch_size
-        self.blind = zero_positions
-        self.zero_padding = False  # transformers' extractor pads with 0 behind the mel, which is louder than silence
+        self.zero_padding = False
+        self.remarks = [BLIND] if zero_positions else []  # what a run should say of this front end
+
+    def _fbank(self) -> Fbank:
+        front = self.front_end
+        return Fbank(num_mel_bins=front.num_mel_bins, low_hz=front.low_hz, high_hz=front.high_hz)
+
+    def like_transformers(self) -> None:
+        """As ASTFeatureExtractor hears: 20 Hz to half the rate; zeros behind the mel, which are louder than silence."""
+        before, self.zero_padding = self.front_end, True
+        self.front_end = replace(before, low_hz=FrontEnd.low_hz, high_hz=FrontEnd.high_hz)
+        if self.front_end != before:
+            self.fbank = self._fbank()
+            self.remarks.append(
+                f"head.kind=hf: heard from {FrontEnd.low_hz:g} Hz to half the sample rate as transformers does, this "
+                f"backbone was trained on {before.low_hz:g} to {before.high_hz or before.sample_rate_hz / 2:g} Hz"
+            )
 
     @property
     def num_samples(self) -> int:

@@ -83,7 +83,7 @@ class AudioModel(nn.Module):
         else:
             if not isinstance(heard, AstInput):
                 raise UsageError(f"head.kind=hf is AST's, this backbone is a {type(backbone).__name__}")
-            heard.zero_padding = True
+            heard.like_transformers()
             self.head = HfHead(heard.width, num_classes, backbone.config.layer_norm_eps)
 
     @property
@@ -264,9 +264,7 @@ class AudioDomain:
             self.cache = Cache()
         dataset = self.dataset(model, paths, None)
         dataset.load()
-        blind = "front_end.reference_compat: position embeddings are zero, as the PETL-AST code has them: the model "
-        blind += "cannot tell the order of what it hears"
-        return [*dataset.remarks(), *[blind] * getattr(model.input, "blind", False)]
+        return [*dataset.remarks(), *model.input.remarks]
 
     def look(self, path: Path) -> dict[str, Any]:
         """What `check` says of one file, decoded whole; raises DataError where it cannot be used."""
