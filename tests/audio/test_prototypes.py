@@ -126,7 +126,7 @@ def test_the_probe_is_alive_and_has_its_own_rates():
     recipe = complete(
         DOMAIN, Recipe("audio", "embedded:audio-tiny", method="audio.prototypes", front_end={"frames": 64})
     )
-    assert recipe.head["kind"] == "prototypes" and recipe.plan["clip"] == 2.0
+    assert recipe.head["kind"] == "prototypes" and recipe.plan["clip"] == 2.0 and recipe.plan["epochs"] == 40
     handle = adapt(DOMAIN, recipe, ["a", "b", "c"])
     verify(handle, DOMAIN.sample(handle.model), fresh=True).raise_if_dead()
     assert handle.parameters_count()["trained"] == 3 * 20 * handle.model.input.width + 3 * 20 + 3
