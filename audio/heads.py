@@ -4,27 +4,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsuite.audio.inputs import Input
 from adaptsuite.errors import UsageError, nearest
 
-POOLS = ("cls", "mean", "std", "max")
+POOLS = ("cls", "mean", "std", "max", "rows")
 
 
 class LinearHead(nn.Linear):
-    """Logits of pooled tokens; pool: parts of POOLS joined by +, over the real tokens, CLS and DIST included."""
+    """Logits of pooled tokens; pool: parts of POOLS joined by +, as `pooled` gives them. rows: of the tokens' grid."""
 
-    def __init__(self, width: int, num_classes: int, pool: str = "mean"):
+    def __init__(self, width: int, num_classes: int, pool: str = "mean", rows: int = 1):
         parts = tuple(pool.split("+"))
         for part in parts:
             if part not in POOLS:
                 raise UsageError(f"head.pool={pool!r}: {part!r} is not known; {nearest(part, POOLS)}")
-        super().__init__(width * len(parts), num_classes)
+        super().__init__(width * sum(2 * rows if part == "rows" else 1 for part in parts), num_classes)
         self.pool = parts
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def read(self, tokens: Tensor, mask: Tensor | None, heard) -> Tensor:
+    def read(self, tokens: Tensor, mask: Tensor | None, heard: Input) -> Tensor:
         """(B, D times the parts) of tokens (B, T, D) and the mask (B, T) of real ones."""
-        return pooled(tokens, mask, self.pool)
+        return pooled(tokens, mask, self.pool, heard)
 
 
 class HfHead(nn.Module):
@@ -37,7 +38,7 @@ class HfHead(nn.Module):
         nn.init.trunc_normal_(self.dense.weight, std=0.02)
         nn.init.zeros_(self.dense.bias)
 
-    def read(self, tokens: Tensor, mask: Tensor | None, heard) -> Tensor:
+    def read(self, tokens: Tensor, mask: Tensor | None, heard: Input) -> Tensor:
         return self.layernorm((tokens[:, 0] + tokens[:, 1]) / 2)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class PrototypeHead(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_classes, per_class))
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
-    def read(self, tokens: Tensor, mask: Tensor | None, heard) -> Tensor:
+    def read(self, tokens: Tensor, mask: Tensor | None, heard: Input) -> Tensor:
         """(B, D, rows, columns) patches, less the CLS token where there is one, 0 where padded."""
         patches = tokens[:, heard.prefix :]
         if heard.prefix:
@@ -83,14 +84,31 @@ class PrototypeHead(nn.Module):
         return torch.linalg.matrix_norm(p @ p.T - torch.eye(len(p), device=p.device)) / len(p) ** 2
 
 
-def pooled(tokens: Tensor, mask: Tensor | None, parts: tuple[str, ...]) -> Tensor:
-    """(B, D times the parts): cls, mean, std, max of tokens (B, T, D) over those of the mask (B, T)."""
+def pooled(tokens: Tensor, mask: Tensor | None, parts: tuple[str, ...], heard: Input) -> Tensor:
+    """(B, D times the parts) of tokens (B, T, D), over those of the mask (B, T).
+
+    cls: the first token; mean, std, max: over all tokens, CLS and DIST included; rows: mean and std over time of each
+    row of the grid, which keeps low apart from high.
+    """
     weight = torch.ones_like(tokens[..., :1]) if mask is None else mask[..., None].to(tokens.dtype)
-    mean = (tokens * weight).sum(1) / weight.sum(1)
+
+    def rows() -> Tensor:
+        on_grid = (t[:, heard.prefix :].unflatten(1, heard.grid) for t in (tokens, weight))
+        return torch.cat(_moments(*on_grid, dim=2), -1).flatten(1)
+
+    mean, std = _moments(tokens, weight, dim=1)
     forms = {
         "cls": lambda: tokens[:, 0],
         "mean": lambda: mean,
-        "std": lambda: (((tokens - mean[:, None]) ** 2 * weight).sum(1) / weight.sum(1) + 1e-6).sqrt(),
+        "std": lambda: std,
         "max": lambda: tokens.masked_fill(weight == 0, float("-inf")).amax(1),
+        "rows": rows,
     }
     return torch.cat([forms[part]() for part in parts], -1)
+
+
+def _moments(x: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation along one dimension, of what has weight 1."""
+    count = weight.sum(dim)
+    mean = (x * weight).sum(dim) / count
+    return mean, (((x - mean.unsqueeze(dim)) ** 2 * weight).sum(dim) / count + 1e-6).sqrt()

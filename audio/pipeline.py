@@ -39,7 +39,7 @@ class HeadSettings:
     """Section `head` of a recipe."""
 
     kind: Literal["linear", "hf", "prototypes"] = "linear"  # hf: as ASTForAudioClassification has it, for export
-    pool: str | None = None  # linear: of cls, mean, std, max over all tokens, joined by +; None: the backbone's own
+    pool: str | None = None  # linear: of cls, mean, std, max, rows (heads.pooled), by +; None: the backbone's own
     prototypes: int = 20  # a class
     start: Literal["probe", "random"] = "probe"  # from a logistic regression on frozen features (arXiv:2202.10054)
     loss: Literal["auto", "asymmetric"] = "auto"  # auto: cross-entropy, or binary cross-entropy for several labels
@@ -75,7 +75,7 @@ class AudioModel(nn.Module):
         self.input, self.backbone = heard, backbone
         if head.kind == "linear":
             pool = head.pool or getattr(backbone, "adaptsuite_pool", "mean")
-            self.head = LinearHead(heard.width, num_classes, pool)
+            self.head = LinearHead(heard.width, num_classes, pool, heard.grid[0])
         elif head.pool is not None:
             raise UsageError(f"head.pool={head.pool!r}: a head of kind {head.kind} has a reading of its own")
         elif head.kind == "prototypes":
@@ -115,7 +115,11 @@ class AudioModel(nn.Module):
     def embed(self, wave: Tensor, length: Tensor | None = None) -> Tensor:
         """(B, features): what a linear head reads, else the mean of the tokens."""
         tokens, mask = self.tokens(self.features(wave, length), length)
-        return self.head.read(tokens, mask, self.input) if self.linear_head else pooled(tokens, mask, ("mean",))
+        return (
+            self.head.read(tokens, mask, self.input)
+            if self.linear_head
+            else pooled(tokens, mask, ("mean",), self.input)
+        )
 
     def forward(
         self,

@@ -363,7 +363,8 @@ class Handle:
                 held = tensor_key(name) in self.adapter.tensors or f"base.{tensor_key(name)}" in trained
                 row["frozen"] += 0 if held else p.numel()
         for name, p in trained.items():
-            path = name.split(".")[1].partition(":")[0].replace("/", ".") if "." in name else ""
+            parts = name.split(".")
+            path = next((p for p in parts if "/" in p), parts[1]).partition(":")[0].replace("/", ".")
             row = rows.setdefault(component(path), {"trained": 0, "frozen": 0, "bytes": 0})
             row["trained"] += p.numel()
             row["bytes"] += p.numel() * p.element_size()

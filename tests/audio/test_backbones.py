@@ -161,6 +161,22 @@ def test_the_head_reads_the_mean_over_all_tokens_with_cls_and_dist(folder):
         audio_model(folder, pool="mena")
 
 
+def test_rows_are_read_one_by_one_over_the_time_that_is_real(folder):
+    model = audio_model(folder, pool="rows")
+    rows, columns = model.input.grid
+    wave, length = torch.randn(2, model.num_samples) * 0.1, torch.tensor([model.num_samples, 5000])
+    wave[1, 5000:] = 0
+    tokens, mask = model.tokens(model.features(wave, length), length)
+    found = model.embed(wave, length)
+    for b in range(2):
+        grid, real = tokens[b, 2:].view(rows, columns, -1), mask[b, 2:].view(rows, columns)
+        assert real.any(1).all() and bool(real.all()) == (b == 0)
+        parts = [grid[r, real[r]].mean(0) for r in range(rows)], [grid[r, real[r]] for r in range(rows)]
+        stds = [(x.var(0, unbiased=False) + 1e-6).sqrt() for x in parts[1]]
+        expected = torch.cat([torch.stack(parts[0]), torch.stack(stds)], -1).flatten()
+        torch.testing.assert_close(found[b], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_fbank_equals_kaldi_and_the_feature_extractor():
     import torchaudio
     from transformers import ASTFeatureExtractor
