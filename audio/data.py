@@ -28,6 +28,7 @@ CHUNK = re.compile(r"^ *(?:data|SSND) *: (\d+) \(should be (\d+)\)", re.MULTILIN
 HEADER_SLOP = 64  # bytes: some programs count headers as sound
 UNKNOWN_LENGTH = 0x7FFFF000  # what programs write that pipe a wav: from here on, all that follows is sound
 FULL_SCALE, CLIPPED_SHARE = 0.9999, 1e-3  # a file is clipped when more than this share of it is at full scale
+LOUDEST = 1e6  # of a float file, some of which count in 16 bits: what is beyond is no sound
 CACHE_BYTES = 2 << 30  # decoded clips kept in memory; beyond it files are read again
 MOST_KERNEL = 1 << 24  # values of a resampling filter, which are many for two rates without a common divisor
 BLOCK = 1 << 20  # samples of all channels that are decoded at a time
@@ -104,6 +105,8 @@ def _decode(clip: Clip, first: int, count: int, block: int) -> Iterator[Tensor]:
                     raise DataError(f"{clip.path}: truncated, {at + len(data)} of {count} samples are there")
                 if not np.isfinite(data).all():
                     raise DataError(f"{clip.path}: holds NaN or infinite samples")
+                if (peak := float(np.abs(data).max())) > LOUDEST:
+                    raise DataError(f"{clip.path}: holds samples up to {peak:.1e}, [-1, 1] is full scale")
                 yield torch.from_numpy(data).mean(1)
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise DataError(f"{clip.path}: damaged ({_reason(e)})") from e

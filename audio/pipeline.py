@@ -244,6 +244,12 @@ class AudioDomain:
             raise UsageError(f"SpecAugment masks log-mel input, {recipe.backbone} reads something else: set both to 0")
         return AudioModel(backbone, heard, len(classes), HeadSettings(**recipe.head)).eval()
 
+    def decided(self, recipe: Recipe, model: AudioModel) -> Recipe:
+        """With the pool that the backbone chose, so that an adapter does not depend on what it would choose later."""
+        if not isinstance(model.head, LinearHead):
+            return recipe
+        return replace(recipe, head={**recipe.head, "pool": "+".join(model.head.pool)})
+
     def dataset(self, model: AudioModel, paths: Sequence[Path], targets: np.ndarray | None) -> Windows:
         return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.cache)
 

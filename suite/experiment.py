@@ -56,6 +56,9 @@ class Domain(Protocol):
         Its `linear_head` is the path of the linear layer that ends its head, None where there is none.
         """
 
+    def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
+        """The recipe with what the backbone decided written out: what an adapter keeps."""
+
     def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None):
         """Map-style dataset; `mean_by_row` joins the outputs of several items of one row. Where there are several,
         `rows` says which row each item is of, and `starts` where in it."""
@@ -211,6 +214,7 @@ def train_one(
     recipe = replace(recipe, seeds=(seed,))
     plan = recipes.build(Plan, {**recipe.plan, "seed": seed}, "plan")
     handle = adapt(domain, recipe, manifest.classes)
+    recipe = domain.decided(recipe, handle.model)
     verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
     task = domain.task(recipe, manifest.classes)
     parts = {name: datasets.part(handle.model, getattr(fold, name)) for name in ("train", "val", "test")}

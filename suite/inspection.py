@@ -1,7 +1,8 @@
 """What can be said before training: of a domain, of a backbone, of a data set, of a method on a backbone."""
 
 from collections import Counter
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from adaptsuite import recipe as recipes
 from adaptsuite.errors import DataError
@@ -16,17 +17,36 @@ Found = tuple[list[str], dict[str, Any]]  # lines for a terminal, and the same f
 
 def domain_info(domain: Domain) -> Found:
     """Methods, backbones and recipes: {"domain", "methods": {name: summary}, "backbones", "recipes"}."""
-    known = {name: (method_class(name).__doc__ or "").strip().splitlines()[0] for name in methods((domain.name,))}
-    lines = [f"method    {name:<18} {text}" for name, text in known.items()]
+    names = methods((domain.name,))
+    known = {name: (method_class(name).__doc__ or "").strip().splitlines()[0] for name in names}
+    settings = {name: _settings(domain, name) for name in names}
+    lines = []
+    for name, text in known.items():
+        lines.append(f"method    {name:<18} {text}")
+        lines += [f"          {'':<18} --set {said}" for said in settings[name].values()]
     lines += [f"backbone  {name}" for name in domain.backbones]
     lines += [f"recipe    {name}" for name in shipped_recipes(domain.name)]
     found = {
         "domain": domain.name,
         "methods": known,
+        "settings": settings,
         "backbones": list(domain.backbones),
         "recipes": shipped_recipes(domain.name),
     }
     return lines, found
+
+
+def _settings(domain: Domain, method: str) -> dict[str, str]:
+    """Setting -> `name=default`, with its choices where there are some, in this domain."""
+    cls = method_class(method)
+    kinds, own = get_type_hints(cls), domain.defaults(method)["method_settings"]
+    found = {}
+    for f in fields(cls):
+        value = own.get(f.name, f.default)
+        value = ",".join(value) if isinstance(value, tuple) else str(value).lower()
+        choices = [str(c) for c in get_args(kinds[f.name])] if get_origin(kinds[f.name]) is Literal else []
+        found[f.name] = f"{f.name}={value}" + (f"  ({' or '.join(choices)})" if choices else "")
+    return found
 
 
 def backbone_info(domain: Domain, recipe: Recipe) -> Found:

@@ -34,7 +34,7 @@ class Row:
 
     path: Path  # absolute, links resolved
     rel: str  # as the table has it: relative to the manifest's folder
-    labels: tuple[str, ...]  # one for multiclass, one or more for multilabel, none or one for free
+    labels: tuple[str, ...]  # one for multiclass, any number for multilabel (background has none), none or one for free
     line: int = 0  # in the table, the header is line 1; 0 in a folder of classes
     extra: Mapping[str, str] = field(default_factory=dict)  # every other column, as text
     files: Mapping[str, Path] = field(default_factory=dict)  # columns that name further files, where not empty
@@ -230,6 +230,8 @@ def _inside(root: Path, cell: str, where: str, column: str) -> tuple[Path, str]:
 def _labels(cell: str, task: str, where: str) -> tuple[str, ...]:
     if task == "free":
         return (cell,) if cell else ()
+    if task == "multilabel" and not cell.strip():
+        return ()
     if task == "multiclass" and ";" in cell:
         raise DataError(f"{where}: label {cell!r} holds several labels; that needs task=multilabel")
     labels = tuple(cell.split(";")) if task == "multilabel" else (cell,)
@@ -254,7 +256,7 @@ def _without_repeats(table: Path, rows: list[Row], task: str) -> list[Row]:
         if first is row:
             continue
         where = f"{table.name} line {row.line}"
-        if task == "free" or set(first.labels) & set(row.labels):
+        if task == "free" or set(first.labels) & set(row.labels) or not (first.labels and row.labels):
             raise DataError(f"{where}: duplicate of line {first.line}, {row.rel!r} {row.label!r}")
         if task == "multiclass":
             raise DataError(
@@ -382,7 +384,8 @@ def split(
 
     test: COLUMN=VALUE[,VALUE], the rows held back to the end. val: the same, or `none`; without it the rows with
     split=val, else a seeded, stratified 15 % of the groups that are not test. With none of test, val and cv the column
-    `split` decides. shots: keep only so many training rows a class (`few_shot`), drawn after `val` was taken away.
+    `split` decides; a table without one has a test part drawn like that of val. shots: keep only so many training rows
+    a class (`few_shot`), drawn after `val` was taken away.
     A group in two of train, val and test is a DataError.
     """
     import numpy as np
@@ -391,7 +394,7 @@ def split(
         raise UsageError("--test and --cv exclude each other: under --cv every value is the test part once")
     require_trainable(manifest)
     folds = []
-    for name, held_out in _test_parts(manifest, test, val, cv):
+    for name, held_out in _test_parts(manifest, test, val, cv, seed):
         rest = ~held_out
         if not rest.any():
             raise DataError(f"{name}: every row is a test row, none is left to train on")
@@ -402,6 +405,12 @@ def split(
         fold = Fold(name, train, np.flatnonzero(chosen), np.flatnonzero(held_out))
         _check_fold(manifest, fold)
         notes = _absent_from_training(manifest, fold)
+        if name == DRAWN:
+            rows, what = len(fold.test), "whole groups" if "group" in manifest.columns else "each file its own group"
+            notes += (
+                f"the table has no column 'split': {rows} rows ({what}) were drawn by seed {seed} and are held back as "
+                "test; say otherwise with --test COLUMN=VALUE or --cv COLUMN",
+            )
         if test and "split" in manifest.columns:
             official = sum(manifest.rows[i].extra["split"] == "test" for i in train)
             notes += (f"{official} rows with split=test train, since --test names others",) if official else ()
@@ -409,10 +418,15 @@ def split(
     return folds
 
 
-def _test_parts(manifest: Manifest, test: str | None, val: str | None, cv: str | None):
+DRAWN = "drawn"  # the fold of a table that says nothing of a split
+
+
+def _test_parts(manifest: Manifest, test: str | None, val: str | None, cv: str | None, seed: int):
     """(name, mask of the test rows) for every fold."""
     import numpy as np
 
+    if cv in ("label", "path"):
+        raise UsageError(f"--cv {cv}: what is tested must have been trained; name a column of folds or groups")
     if cv:
         cells = manifest.column(cv)
         for row, cell in zip(manifest.rows, cells, strict=True):
@@ -425,12 +439,8 @@ def _test_parts(manifest: Manifest, test: str | None, val: str | None, cv: str |
     if test:
         return [(f"test {test}", matching(manifest, "--test", test))]
     if "split" not in manifest.columns:
-        if val:
-            return [("all", np.zeros(len(manifest), dtype=bool))]
-        raise DataError(
-            f"{manifest.source.name} has no column 'split': say which rows are held back with --test COLUMN=VALUE, "
-            f"--val COLUMN=VALUE or --cv COLUMN (columns: {', '.join(manifest.columns)})"
-        )
+        everything = np.ones(len(manifest), dtype=bool)
+        return [("all", ~everything)] if val else [(DRAWN, _draw(manifest, everything, seed, "the table"))]
     cells = np.array(manifest.column("split"))
     if not val:
         for row, cell in zip(manifest.rows, cells, strict=True):
@@ -510,7 +520,8 @@ def _strata(manifest: Manifest, rows: "np.ndarray") -> tuple["np.ndarray", int]:
 
     counts = Counter(label for i in rows for label in manifest.rows[i].labels)
     free = manifest.task == "free"
-    labels = ["" if free else min(manifest.rows[i].labels, key=lambda name: (counts[name], name)) for i in rows]
+    own = [() if free else manifest.rows[i].labels for i in rows]
+    labels = [min(names, key=lambda name: (counts[name], name), default="") for names in own]
     return np.array(labels), max(Counter(labels).values())
 
 

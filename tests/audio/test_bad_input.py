@@ -38,9 +38,9 @@ def spoil(path, kind):
         path.write_bytes(b"")
     elif kind == "truncated":
         path.write_bytes(path.read_bytes()[:-4000])
-    elif kind in ("NaN", "Inf"):
+    elif kind in ("NaN", "Inf", "huge"):
         wave = tone()
-        wave[3000] = np.nan if kind == "NaN" else np.inf
+        wave[3000] = {"NaN": np.nan, "Inf": np.inf, "huge": 1e30}[kind]
         soundfile.write(path, wave, RATE, subtype="FLOAT")
     elif kind == "empty":
         soundfile.write(path, np.zeros(0), RATE)
@@ -59,6 +59,7 @@ REASONS = {
     "truncated": "truncated",
     "NaN": "NaN",
     "Inf": "infinite",
+    "huge": "samples up to 1.0e+30",
     "empty": "no samples",
     "wrong extension": "not readable as audio",
     "rate 1": "sample rate 1 Hz",

@@ -137,6 +137,12 @@ def test_a_training_leaves_adapter_evidence_and_report(trained):
     assert "audio.soft_moa" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
+def test_an_adapter_keeps_the_pool_that_its_backbone_chose(trained):
+    """Another default of a later version must not change what is loaded."""
+    stored = json.loads((trained / "adapter" / "adapter.json").read_text())
+    assert '"pool": "mean"' in json.dumps(stored)
+
+
 def test_train_prints_one_object(adapt, backbone, data, tmp_path):
     options = ("--data", data, "--backbone", backbone, "--method", "lora", "--cv", "fold", "--epochs", 2)
     found, err = adapt("train", *options, "--set", "seeds=0,1", "--out", tmp_path / "cv", "--json")
@@ -287,10 +293,9 @@ def test_training_names_the_row_of_a_file_it_cannot_read(adapt, backbone, data, 
     assert "manifest.csv line 6" in err.splitlines()[-1] and "low4.wav" in err.splitlines()[-1]
 
 
-def test_without_a_split_training_refuses(adapt, backbone, data, tmp_path):
-    options = ("--data", data, "--backbone", backbone, "--method", "lora", "--out", tmp_path / "x")
-    _, err = adapt("train", *options, code=3)
-    assert "--test" in err and len(err.strip().splitlines()) == 1
+def test_without_a_split_test_rows_are_drawn_and_it_is_said(adapt, backbone, data):
+    out, _ = adapt("train", "--data", data, "--backbone", backbone, "--method", "lora", "--dry-run")
+    assert "were drawn by seed 0 and are held back as test" in out
 
 
 def test_training_on_every_row_says_that_there_is_no_evidence(adapt, backbone, tmp_path):

@@ -167,6 +167,13 @@ def test_a_multilabel_cell_with_an_empty_or_padded_label_is_refused(tmp_path, ce
         load_manifest(table(tmp_path, "path,label\na.wav,x;x\n"), task="multilabel")
 
 
+def test_a_multilabel_row_without_a_label_is_background(tmp_path):
+    m = load_manifest(table(tmp_path, "path,label\na.wav,x;y\nb.wav,\nc.wav,y\n"), task="multilabel")
+    assert m.classes == ("x", "y") and m.targets().tolist() == [[1, 1], [0, 0], [0, 1]]
+    with pytest.raises(DataError, match="duplicate of line 2"):
+        load_manifest(table(tmp_path, "path,label\na.wav,x\na.wav,\n"), task="multilabel")
+
+
 def test_text_that_is_not_utf8_names_its_line(tmp_path):
     with pytest.raises(DataError, match=r"line 3: not UTF-8 \(byte 0xe9\)"):
         load_manifest(table(tmp_path, "path,label\na.wav,x\nb.wav,caf\u00e9\n", encoding="latin-1"))
@@ -372,12 +379,24 @@ def test_without_options_the_split_column_decides():
     m = made(60, split=lambda i: "test" if i < 12 else "train")
     (fold,) = split(m)
     assert fold.test.tolist() == list(range(12)) and 5 <= len(fold.val) <= 9
-    with pytest.raises(DataError, match="has no column 'split': .*--cv COLUMN"):
-        split(made(60, fold=lambda i: str(i % 3)))
     with pytest.raises(DataError, match="m.csv line 2: split 'fold1' is none of train, val, test"):
         split(made(60, split=lambda i: "fold1"))
     with pytest.raises(DataError, match="m.csv line 7: split '' is none of"):
         split(made(60, split=lambda i: "" if i == 5 else "train"))
+
+
+def test_a_table_that_says_nothing_of_a_split_has_its_test_groups_drawn_by_the_seed_and_told():
+    m = made(60, group=lambda i: str(i // 3))
+    (fold,), (again,), (other,) = split(m), split(m), split(m, seed=1)
+    assert fold.test.tolist() == again.test.tolist() != other.test.tolist()
+    parts = {name: {m.rows[i].group for i in getattr(fold, name)} for name in ("train", "val", "test")}
+    assert not parts["train"] & parts["test"] and not parts["val"] & parts["test"] and 5 <= len(fold.test) <= 15
+    assert f"{len(fold.test)} rows (whole groups) were drawn by seed 0" in fold.notes[-1]
+
+
+def test_folds_over_labels_are_refused():
+    with pytest.raises(UsageError, match="what is tested must have been trained"):
+        split(made(60), cv="label")
 
 
 def test_official_test_rows_that_train_under_another_test_choice_are_told():
