@@ -78,14 +78,14 @@ def balanced_weights(targets: np.ndarray) -> np.ndarray:
 
     With one label each, every class is drawn equally often. With several it is the rule of AST's authors
     (github.com/YuanGongND/ast, egs/audioset/gen_weight_file.py): rare labels come more often, common ones ride along.
-    A sample without a label is never drawn. Raises DataError where there is no label at all.
+    Samples without a label, background, are drawn as one class more. Raises DataError where no sample has a label.
     """
     targets = np.asarray(targets)
     hot = targets > 0 if targets.ndim == 2 else targets[:, None] == np.unique(targets)
-    weights = hot @ (1 / np.maximum(hot.sum(0), 1))
-    if not weights.any():
+    if not hot.any():
         raise DataError("balanced=true: no training sample has a label")
-    return weights
+    hot = np.concatenate([hot, ~hot.any(1, keepdims=True)], 1)
+    return hot @ (1 / np.maximum(hot.sum(0), 1))
 
 
 def chunks(indices: Sequence[int], size: int) -> list[Sequence[int]]:
