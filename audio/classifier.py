@@ -125,7 +125,7 @@ def detect(
     """
     classifier = Classifier(folder, device or "auto", batch_size)
     classifier.stream(classifier.sample_rate_hz, **settings)  # raises UsageError where settings and model do not fit
-    paths, skipped = readable(DOMAIN, files, skip_bad)
+    paths, skipped, remarks = readable(DOMAIN, files, skip_bad)
     if target is not None:
         table_paths(*target, paths)
     found = []
@@ -133,4 +133,4 @@ def detect(
         high_hz = min(classifier.sample_rate_hz, inspect(path).rate_hz) / 2
         found.append(Found(path, in_order(classifier.events(path, **settings)), high_hz))
         say(found[-1])
-    return found, {"skipped": skipped, "notes": file_notes(DOMAIN, classifier.model, paths)}
+    return found, {"skipped": skipped, "notes": [*remarks, *file_notes(DOMAIN, classifier.model, paths)]}

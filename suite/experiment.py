@@ -623,7 +623,7 @@ def label_files(
     Folders are searched for files of the domain. Raises DataError as `readable`.
     """
     handle, recipe, labels, _ = restore(domain, folder)
-    paths, skipped = readable(domain, files, skip_bad)
+    paths, skipped, remarks = readable(domain, files, skip_bad)
     dataset = domain.dataset(handle.model, paths, None)
     outputs, predictions = _outputs(domain, handle, recipe, labels, dataset, device, batch_size), []
     for path, scores in zip(paths, to_probabilities(outputs, recipe.data.task), strict=True):
@@ -633,18 +633,28 @@ def label_files(
         else:
             label = max(named, key=named.get)
         predictions.append({"path": str(path), "label": label, "scores": named})
-    return {"predictions": predictions, "skipped": skipped, "notes": file_notes(domain, handle.model, paths)}
+    return {
+        "predictions": predictions,
+        "skipped": skipped,
+        "notes": [*remarks, *file_notes(domain, handle.model, paths)],
+    }
 
 
-def readable(domain: Domain, files: Sequence[str], skip_bad: bool = False) -> tuple[list[Path], list[dict[str, str]]]:
-    """(files, skipped): files and all those below folders, each looked at whole, in order and once.
+REMARKS = 5  # on single files, in the commands that label them; `check` lists all
+
+
+def readable(
+    domain: Domain, files: Sequence[str], skip_bad: bool = False
+) -> tuple[list[Path], list[dict[str, str]], list[str]]:
+    """(files, skipped, remarks): files and all those below folders, each looked at whole, in order and once.
 
     A file that cannot be used raises DataError, or with skip_bad is listed as {"path", "reason"}; none left raises too.
+    remarks: what is doubtful in the others, such as digital silence.
     """
-    good, skipped = [], []
+    good, skipped, remarks = [], [], []
     for path in dict.fromkeys(_expand(domain, files)):
         try:
-            domain.look(path)
+            remarks += [f"{path}: {remark}" for remark in domain.look(path)["remarks"]]
             good.append(path)
         except DataError as e:
             if not skip_bad:
@@ -652,7 +662,9 @@ def readable(domain: Domain, files: Sequence[str], skip_bad: bool = False) -> tu
             skipped.append({"path": str(path), "reason": str(e)})
     if not good:
         raise DataError(f"no file could be read; the first: {skipped[0]['reason']}")
-    return good, skipped
+    if len(remarks) > REMARKS:
+        remarks[REMARKS:] = [f"and {len(remarks) - REMARKS} more such remarks"]
+    return good, skipped, remarks
 
 
 def file_notes(domain: Domain, model: nn.Module, paths: Sequence[Path]) -> list[str]:
@@ -675,17 +687,21 @@ def embed_files(
     window), with "starts" where the domain's data set tells them, instead of the mean over a file.
     """
     if isinstance(source, Recipe):
-        paths, skipped = readable(domain, files, skip_bad)
+        paths, skipped, remarks = readable(domain, files, skip_bad)
         recipe = complete(domain, replace(source, method="linear"), paths)
         labels: Sequence[str] = ("a", "b")
         model = domain.model(recipe, labels)
     else:
         handle, recipe, labels, _ = restore(domain, source)
-        model, (paths, skipped) = handle.model, readable(domain, files, skip_bad)
+        model, (paths, skipped, remarks) = handle.model, readable(domain, files, skip_bad)
     dataset, plan = domain.dataset(model, paths, None), recipes.build(Plan, recipe.plan, "plan")
     task = Embedding(domain.task(recipe, labels))
     raw, _ = predict_all(model, task, dataset, batch_size or plan.batch_size, device or plan.device)
-    found = {"paths": [str(p) for p in paths], "skipped": skipped, "notes": file_notes(domain, model, paths)}
+    found = {
+        "paths": [str(p) for p in paths],
+        "skipped": skipped,
+        "notes": [*remarks, *file_notes(domain, model, paths)],
+    }
     if not each_item:
         return {**found, "features": dataset.mean_by_row(raw).astype(np.float32)}
     rows = getattr(dataset, "rows", range(len(paths)))

@@ -219,6 +219,12 @@ def test_other_rates_are_said_once_and_narrow_sound_is_warned_of_once(adapt, ada
     assert adapt("predict", adapter, recording)[1] == ""
 
 
+def test_silence_is_labelled_and_remarked_on(adapt, adapter, tmp_path):
+    soundfile.write(tmp_path / "silence.wav", np.zeros(RATE, np.float32), RATE)
+    for verb in (("predict",), ("predict", "--events"), ("embed", "--out", tmp_path / "f.npz")):
+        assert "silence.wav: digital silence" in adapt(verb[0], adapter, tmp_path / "silence.wav", *verb[1:])[1]
+
+
 def bad_file(folder, kind):
     path = folder / f"{kind.replace(' ', '-')}.wav"
     whole = tone("low", 1.0)
