@@ -253,7 +253,7 @@ class AudioDomain:
     def dataset(self, model: AudioModel, paths: Sequence[Path], targets: np.ndarray | None) -> Windows:
         return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.cache)
 
-    def task(self, recipe: Recipe, classes: Sequence[str]) -> AudioTask:
+    def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> AudioTask:
         augment, loss = AugmentSettings(**recipe.augment), recipe.head.get("loss", "auto")
         return AudioTask(classes, recipe.data.task, augment, loss)
 

@@ -7,16 +7,18 @@ for base tensors that an adapter trains as copies. The base keeps its class, its
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptsuite.errors import nearest
+from adaptsuite.grid import TABLES, Shrink, cut, refuse_shrink
 from adaptsuite.method import Method
-from adaptsuite.sites import Site, component_info, find_sites
+from adaptsuite.sites import Site, component_info, find_sites, patch_maps
 
 BANK = "adapter_bank"
 
@@ -27,6 +29,9 @@ class Context:
 
     token_mask: Tensor | None = None  # (B, T) bool, True where a token is real
     features: Any = None  # another modality's features
+    grids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # component, or block with its own: as embedded
+    grid: tuple[int, ...] | None = None  # that a branch with `needs_grid` stands on
+    recomputed: bool = False  # the forward runs again during backward (checkpointing): statistics were taken already
 
 
 EMPTY = Context()
@@ -70,10 +75,16 @@ class Adapter(nn.Module):
         """(path, parameter name) -> the branches that change it."""
         found: dict[tuple[str, str], list] = {}
         for key, branch in self.branches.items():
-            if hasattr(branch, "delta"):
-                site = self.sites[key]
-                found.setdefault((site.path, site.weight), []).append((site, branch))
+            for param in weight_params(self.sites[key], branch):
+                found.setdefault((self.sites[key].path, param), []).append((self.sites[key], branch))
         return found
+
+
+def weight_params(site: Site, branch: nn.Module) -> list[str]:
+    """Names of the site's parameters that a branch changes by `delta`, `row_gain` or `row_shift`."""
+    found = [site.weight or "weight"] if hasattr(branch, "delta") or hasattr(branch, "row_gain") else []
+    shifts = hasattr(branch, "row_gain") or hasattr(branch, "row_shift")
+    return [*found, site.bias] if shifts and site.bias else found
 
 
 class Bank(nn.Module):
@@ -87,6 +98,8 @@ class Bank(nn.Module):
         self.context = EMPTY
         self.resting: Context | None = None  # what to go back to when the backward that runs now has ended
         self.called: set[str] = set()
+        # component -> ((block, number of the adapter), what its branch does to the grid)
+        self.shrinks: dict[str, list[tuple[tuple[int, int], Shrink]]] = {}
         self.hooks: list = []
         self.__dict__["root"] = root  # not a submodule of its own submodule
         self.flags = {n: p.requires_grad for n, p in root.named_parameters()}
@@ -138,12 +151,13 @@ class Bank(nn.Module):
                 if self.acts_by_call(site, branch):
                     ports.setdefault(site.path, Port(self)).add(name, site, branch)
                 else:
-                    shadowed.add((site.path, site.weight))
+                    shadowed |= {(site.path, param) for param in weight_params(site, branch)}
             held = [split_key(k) for k in (*adapter.tensors, *adapter.moved._buffers)]
             for path, param in (*sorted(shadowed), *held):
                 owner = self.owner(path)
                 changes = self.changes(path, param, names, shadow=True)
                 shadows.setdefault(owner, Shadow()).add(self.root.get_submodule(path), path, param, changes)
+        self._watch_grids(names)
         for path, shadow in shadows.items():
             module = self.root.get_submodule(path)
             self.hooks.append(module.register_forward_pre_hook(shadow.before))
@@ -158,6 +172,72 @@ class Bank(nn.Module):
                 self.hooks.append(module.register_forward_pre_hook(port.catch, with_kwargs=True))
             module = self.root.get_submodule(path)
             self.hooks.append(module.register_forward_hook(port.after, with_kwargs=True))
+
+    # ---- the grid of image tokens (adaptsuite.grid)
+
+    def _watch_grids(self, names: Sequence[str]) -> None:
+        """Hooks that put the grid of each forward into its context, and cut what later blocks are given by it."""
+        branches = [(n, a.sites[k], b) for n in names for a in [self.adapters[n]] for k, b in a.branches.items()]
+        self.shrinks = {}
+        for name, site, branch in branches:
+            if getattr(branch, "shrink", None) is not None:
+                place = (site.block, names.index(name))
+                self.shrinks.setdefault(site.component, []).append((place, branch.shrink))
+        if not self.shrinks and not any(getattr(b, "needs_grid", False) for *_, b in branches):
+            return
+        for component, path in patch_maps(self.root).items():
+            hook = partial(self._see_map, component)
+            self.hooks.append(self.root.get_submodule(path).register_forward_hook(hook))
+        for site in find_sites(self.root, "block"):
+            module, shrinks = self.root.get_submodule(site.path), self._shrinks_before(site)
+            self.hooks.append(module.register_forward_pre_hook(partial(self._see_block, site.path)))
+            if shrinks or any(block == site.block for (block, _), _ in self.shrinks.get(site.component, ())):
+                refuse_shrink(site.path, module)
+            if shrinks:
+                hook = partial(self._cut_tables, site.component, shrinks)
+                self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _shrinks_before(self, site: Site, name: str | None = None) -> list[Shrink]:
+        """What was done to the grid before a site; name: of the adapter that acts there, behind the others."""
+        end = (site.block, self.active.index(name) if name is not None and site.role == "block" else -1)
+        found = [item for item in self.shrinks.get(site.component, ()) if item[0] < end]
+        return [shrink for _, shrink in sorted(found, key=lambda item: item[0])]
+
+    def _see_map(self, component: str, module: nn.Module, args, output) -> None:
+        if isinstance(output, Tensor) and output.ndim > 3:
+            self._see(component, tuple(output.shape[2:]))
+
+    def _see_block(self, path: str, module: nn.Module, args) -> None:
+        """Hosts whose blocks keep (B, *grid, D)."""
+        if args and isinstance(args[0], Tensor) and args[0].ndim > 3:
+            self._see(path, tuple(args[0].shape[1:-1]))
+
+    def _see(self, key: str, grid: tuple[int, ...]) -> None:
+        if self.context.grids.get(key) != grid:
+            self.context = replace(self.context, grids={**self.context.grids, key: grid})
+
+    def _cut_tables(self, component: str, shrinks: list[Shrink], module: nn.Module, args, kwargs):
+        grid = self.context.grids.get(component)
+        return args, {k: cut(v, grid, shrinks) if k in TABLES and grid else v for k, v in kwargs.items()}
+
+    def context_at(self, name: str, site: Site, branch: nn.Module) -> Context:
+        """The context of one branch of an adapter, with the grid that it stands on where it needs one."""
+        if not getattr(branch, "needs_grid", False):
+            return self.context
+        return replace(self.context, grid=self.grid_at(site, name))
+
+    def grid_at(self, site: Site, name: str | None = None) -> tuple[int, ...] | None:
+        """The grid that a site stands on, in the forward that runs or ran last; None where the host tells none."""
+        grids = self.context.grids
+        for path in _upwards(site.path):  # a block that keeps its grid tells it itself
+            if path in grids and path != site.component:
+                return grids[path]
+        return _after(grids.get(site.component), self._shrinks_before(site, name))
+
+    def final_grid(self, component: str) -> tuple[int, ...] | None:
+        """The grid behind a component's last block, in the forward that ran last."""
+        shrinks = sorted(self.shrinks.get(component, ()), key=lambda item: item[0])
+        return _after(self.context.grids.get(component), [shrink for _, shrink in shrinks])
 
     def is_called(self, path: str) -> bool:
         return path in self.called
@@ -222,12 +302,13 @@ class Bank(nn.Module):
         context = self.context
         if context is EMPTY or torch.compiler.is_compiling():
             return
+        again = replace(context, recomputed=True)
 
         def restore(grad):
             if self.resting is None:
                 self.resting = self.context
                 torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
-            self.context = context
+            self.context = again
 
         for t in tensors_in(output):
             if t.requires_grad:
@@ -293,18 +374,19 @@ class Port:
 
     def after(self, module: nn.Module, args, kwargs, output):
         y = first = _first(output)
-        for rows in self.table.values():
+        for name, rows in self.table.items():
             parts = []
             for site, branch in rows:
                 x = self.caught if site.carrier else _first(args if args else tuple(kwargs.values()))
                 part = y if site.rows is None else y[..., site.rows[0] : site.rows[1]]
-                parts.append((site.rows, _run(branch, x, part, self.bank.context, site.batch_first)))
+                context = self.bank.context_at(name, site, branch)
+                parts.append((site.rows, _run(branch, x, part, context, site.batch_first)))
             y = _join(y, parts)
         self.caught = None
         return _with_first(output, y) if y is not first else None
 
 
-# (adapter, key of a tensor it holds) or (site, branch with a delta)
+# (adapter, key of a tensor it holds) or (site, branch that changes its weight or bias)
 Change = tuple[Adapter, str] | tuple[Site, nn.Module]
 
 
@@ -331,7 +413,7 @@ def effective(module: nn.Module, param: str, changes: list[Change]) -> Tensor:
     value = module._parameters[param] if param in module._parameters else module._buffers[param]
     for holder, change in changes:
         if isinstance(holder, Site):
-            value = _add_delta(value, change.delta(), holder)
+            value = _changed(value, holder, change, param)
         elif change in holder.tensors:
             value = holder.tensors[change].to(value.dtype)
         else:
@@ -364,6 +446,19 @@ def copy_base(model: nn.Module, state: dict[str, Tensor]) -> None:
             v.copy_(state[k])
 
 
+def _after(grid: tuple[int, ...] | None, shrinks: Sequence[Shrink]) -> tuple[int, ...] | None:
+    for shrink in shrinks if grid else ():
+        grid = shrink.of(grid)
+    return grid
+
+
+def _upwards(path: str) -> Iterator[str]:
+    """A path and those of its ancestors, without the root's."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
 def tensor_key(path: str, param: str = "") -> str:
     return ".".join(p for p in (path, param) if p).replace(".", "/")
 
@@ -373,20 +468,29 @@ def split_key(key: str) -> tuple[str, str]:
     return path, param
 
 
-def _add_delta(weight: Tensor, delta: Tensor, site: Site) -> Tensor:
-    """weight + delta in the weight's own layout and dtype; delta is (dim_out, dim), for the site's rows only."""
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    if site.layout == "conv1d":
-        delta = delta.T
-    elif site.layout == "conv":
-        delta = delta.reshape(-1, *weight.shape[1:])
-    if site.rows is not None:
-        start, stop = site.rows
-        total = weight.shape[1] if site.layout == "conv1d" else weight.shape[0]
-        # F.pad counts from the last dimension: output rows are the last one in Conv1D and the first one elsewhere
-        others = 0 if site.layout == "conv1d" else delta.ndim - 1
-        delta = nn.functional.pad(delta, [0, 0] * others + [start, total - stop])
-    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+def _changed(value: Tensor, site: Site, branch: nn.Module, param: str) -> Tensor:
+    """A site's weight or bias as a branch makes it, in its own layout and dtype: row_gain * value + delta or row_shift.
+
+    delta is (dim_out, dim), the others are (dim_out,), all of them for the site's rows only.
+    """
+    kind, bias = value.dtype, param == site.bias
+    across = value.ndim - 1 if bias or site.layout == "conv1d" else 0  # the dimension of the output features
+
+    def placed(change: Tensor) -> Tensor:
+        start, stop = site.rows or (0, value.shape[across])
+        after = change.ndim - 1 - across  # F.pad counts from the last dimension
+        return nn.functional.pad(change, [0, 0] * after + [start, value.shape[across] - stop])
+
+    if hasattr(branch, "row_gain"):
+        gain = placed(branch.row_gain() - 1) + 1
+        value = value * gain.view(*(-1 if i == across else 1 for i in range(value.ndim)))
+    change = getattr(branch, "row_shift" if bias else "delta", None)
+    if change is not None:
+        change = change()
+        if not bias:
+            change = change.T if site.layout == "conv1d" else change.reshape(-1, *value.shape[1:])
+        value = value.to(torch.promote_types(value.dtype, change.dtype)) + placed(change)
+    return value.to(kind)
 
 
 # ---- what modules get and give

@@ -115,13 +115,13 @@ def budget(
 def describe(budget: Budget) -> list[str]:
     """Lines for a terminal: parameters first, then what a step computes and keeps, then the file."""
     trained, bare, total = (budget.params[k] for k in ("trained", "trained_without_head", "total"))
-    head = f", {_short(bare / 1e6)} M without the head" if bare != trained else ""
+    head = f", {bare:,} without the head" if bare != trained else ""
     megabytes = [_short(n / 1e6) for n in (budget.activation_bytes, budget.peak_bytes, budget.optimizer_bytes)]
-    share = f"{_short(trained / 1e6)} M trained ({100 * trained / max(total, 1):.2f} %)"
+    share = f"{trained:,} trained ({100 * trained / max(total, 1):.2f} %)"
     lines = [
         ("backbone", f"{_short((total - trained) / 1e6)} M frozen"),
         ("adapter", f"{budget.method or 'none'}  {share}{head}"),
-        ("forward", f"{_short(budget.macs_per_item / 1e9)} GMAC for one item"),
+        ("forward", f"{budget.macs_per_item / 1e9:,.3f} GMAC for one item"),
         ("step", f"{_short(budget.training_flops / 1e9)} GFLOP for a batch of {budget.batch}"),
         ("memory", f"{megabytes[0]} MB activations, {megabytes[1]} MB at the peak, {megabytes[2]} MB optimiser"),
         ("file", f"{_short(budget.adapter_bytes / 1e6)} MB adapter"),

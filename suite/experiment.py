@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,13 +19,15 @@ from torch import nn
 from adaptsuite import recipe as recipes
 from adaptsuite.artifact import load_adapter, read_adapter
 from adaptsuite.atomic import write_file
+from adaptsuite.checkpoint import copied
 from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Manifest, load_manifest, matching, split, write_csv
-from adaptsuite.method import method_class
+from adaptsuite.method import Method, method_class, resolve
 from adaptsuite.metrics import evaluate, score, to_probabilities
 from adaptsuite.plan import Plan
+from adaptsuite.rates import Choice, choose, plans_of, section
 from adaptsuite.recipe import Recipe
 from adaptsuite.report import Run, comparison_row, read_run, write_run
 from adaptsuite.trainer import fit, predict_all
@@ -63,8 +65,11 @@ class Domain(Protocol):
         """Map-style dataset; `mean_by_row` joins the outputs of several items of one row. Where there are several,
         `rows` says which row each item is of, and `starts` where in it."""
 
-    def task(self, recipe: Recipe, classes: Sequence[str]):
-        """Loss and scores (adaptsuite.trainer.Task), and `embed(model, batch)`: (B, D), what a linear head reads."""
+    def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None):
+        """Loss and scores (adaptsuite.trainer.Task), and `embed(model, batch)`: (B, D), what a linear head reads.
+
+        counts: (K,) training rows of each class, given where the task is for training.
+        """
 
     def sample(self, model: nn.Module, batch: int = 2) -> Any:
         """Arguments of one forward of the task model, for probe, doctor and budget."""
@@ -79,7 +84,7 @@ class Domain(Protocol):
         """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """What `info` says of the model's input."""
+        """What `info` says of the model's input, as JSON can hold it: an adapter keeps it as its preprocessing."""
 
     def extra(self, handle: Handle, dataset) -> list[dict[str, Any]]:
         """Sections of the report that only this domain has."""
@@ -97,6 +102,8 @@ class Outcome:
     params: dict[str, int]
     fit: Any
     seconds: float
+    rates: list[dict[str, Any]] = field(default_factory=list)  # adaptsuite.rates.Choice.table
+    notes: list[str] = field(default_factory=list)  # of the choice and the refit
     metrics: dict[str, dict] = field(default_factory=dict)
     extra: list[dict[str, Any]] = field(default_factory=list)  # the domain's own sections of the report
 
@@ -170,21 +177,23 @@ def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Reci
     return recipes.resolved(domain.settle(recipe, paths), sections)
 
 
-def adapt(domain: Domain, recipe: Recipe, classes: Sequence[str]) -> Handle:
-    """The task model of a settled recipe with a fresh adapter, all started from the recipe's first seed."""
+def adapt(
+    domain: Domain,
+    recipe: Recipe,
+    classes: Sequence[str],
+    decide: Callable[[Method, nn.Module], Method] = lambda method, model: method.without_data(),
+) -> Handle:
+    """The task model of a settled recipe with a fresh adapter, all started from the recipe's first seed.
+
+    decide: the method with what it leaves to the data (`Method.prepare`).
+    """
     import torch
 
     torch.manual_seed(recipe.seeds[0])
     model = domain.model(recipe, classes)
+    method = decide(resolve(recipe.method, **recipe.method_settings), model)
     torch.manual_seed(recipe.seeds[0])
-    return attach(
-        model,
-        recipe.method,
-        sample=domain.sample(model),
-        train_norms=domain.train_norms,
-        head=HEAD,
-        **recipe.method_settings,
-    )
+    return attach(model, method, sample=domain.sample(model), train_norms=domain.train_norms, head=HEAD)
 
 
 def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[str], Any]:
@@ -207,38 +216,114 @@ def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[st
 
 
 def train_one(
-    domain: Domain, recipe: Recipe, manifest: Manifest, fold: Fold, seed: int, out: Path, datasets: "Parts"
+    domain: Domain,
+    recipe: Recipe,
+    manifest: Manifest,
+    fold: Fold,
+    seed: int,
+    out: Path,
+    datasets: "Parts",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """One adapter on one fold: doctor, fit, scores of the rows held out, adapter folder."""
+    """One adapter on one fold: doctor, fit (with a grid, of each rate), scores of the rows held out, adapter folder."""
     start = time.perf_counter()
     recipe = replace(recipe, seeds=(seed,))
-    plan = recipes.build(Plan, {**recipe.plan, "seed": seed}, "plan")
-    handle = adapt(domain, recipe, manifest.classes)
-    recipe = domain.decided(recipe, handle.model)
+    plans = plans_of(recipe, fold, seed)
+
+    def decide(method: Method, model: nn.Module) -> Method:
+        task = domain.task(recipe, manifest.classes, class_counts(manifest, fold.train))
+        train, val = (datasets.part(model, rows) for rows in (fold.train, fold.val))
+        return method.prepare(model, task, train, val, plans[0], say)
+
+    handle = adapt(domain, recipe, manifest.classes, decide)
+    recipe = replace(domain.decided(recipe, handle.model), method_settings=asdict(handle.method))
     verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
-    task = domain.task(recipe, manifest.classes)
-    parts = {name: datasets.part(handle.model, getattr(fold, name)) for name in ("train", "val", "test")}
-    if recipe.head.get("start") == "probe" and handle.model.linear_head:
-        start_head(handle, task, parts["train"], plan)
-    result = fit(handle.model, task, parts["train"], parts["val"], plan, out, handle)
-    outputs = {}
-    for name in ("val", "test"):
-        if parts[name] is not None:
-            raw, _ = predict_all(handle.model, task, parts[name], plan.batch_size, plan.device, workers=plan.workers)
-            outputs[name] = parts[name].mean_by_row(raw)
+    work = _Work(domain, recipe, manifest, datasets, handle)
+    fresh = copied(handle.state()) if recipe.refit else {}
+    choice = work.choose(plans, fold, out, say)
+    outputs, notes = {"val": work.outputs(fold.val, choice.plan)} if len(fold.val) else {}, choice.notes
+    if recipe.refit:
+        handle.load_state(fresh)
+        notes = [*notes, *work.refit(choice, fold, out)]
+    if len(fold.test):
+        outputs["test"] = work.outputs(fold.test, choice.plan)
     adapter = out / "adapter"
     if is_main():
         handle.save(
             adapter,
             labels=list(manifest.classes),
+            preprocessing=domain.describe(handle.model),
             recipe=recipes.to_dict(replace(recipe, data=replace(recipe.data, manifest=""))),
             recipe_hash=recipes.digest(recipe),
             manifest_hash=manifest.digest,
+            **({"lr_grid": choice.table} if choice.table else {}),
         )
     seconds = time.perf_counter() - start
-    extra = domain.extra(handle, parts["test"] or parts["val"] or parts["train"])
+    shown = next(rows for rows in (fold.test, fold.val, fold.train) if len(rows))
+    extra = domain.extra(handle, datasets.part(handle.model, shown))
     adapted, params = _adapted(recipe, handle), handle.parameters_count()
-    return Outcome(fold, seed, adapter, adapted, outputs, params, result, seconds, extra=extra)
+    return Outcome(fold, seed, adapter, adapted, outputs, params, choice.fit, seconds, choice.table, notes, extra=extra)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A handle that trains on rows of a table and is asked about others."""
+
+    domain: Domain
+    recipe: Recipe
+    manifest: Manifest
+    datasets: "Parts"
+    handle: Handle
+
+    def choose(self, plans: Sequence[Plan], fold: Fold, out: Path, say: Callable[[str], None]) -> Choice:
+        """The best of the plans (adaptsuite.rates), or the only one, with its weights in place."""
+        train, val = self.started(fold.train, plans[0]), self.datasets.part(self.handle.model, fold.val)
+
+        def fitted(plan: Plan, folder: Path):
+            return fit(self.handle.model, self.task(fold.train), train, val, plan, folder, self.handle)
+
+        if not self.recipe.lr_grid:
+            return Choice(plans[0], fitted(plans[0], out), [], [])
+        return choose(self.handle, plans, fitted, plans[0].monitor or self.task(fold.train).monitor, out, say)
+
+    def refit(self, choice: Choice, fold: Fold, out: Path) -> list[str]:
+        """Trains the chosen plan on training and validation rows together; what is to be said of it.
+
+        No row is left to choose the epoch by: the schedule stays, and ends with the epoch that was best before. That
+        is the training that was judged; a rate that was best by an early epoch may fall apart later.
+        """
+        rows, plan, until = np.sort(np.concatenate([fold.train, fold.val])), choice.plan, choice.fit.best_epoch
+        data, plan = self.started(rows, plan), replace(plan, patience=None)
+        folder = out / f"refit-{plan.lr:g}"
+        again = fit(self.handle.model, self.task(rows), data, None, plan, folder, self.handle, until=until)
+        said = (
+            f"trained anew on {len(rows)} rows, {len(fold.val)} of them validation rows, for {until} of {plan.epochs} "
+            "epochs, as the fit was best there: scores of validation rows are of the fit before"
+        )
+        return [said, *(note for note in again.notes if note not in choice.fit.notes)]
+
+    def task(self, rows: np.ndarray):
+        return self.domain.task(self.recipe, self.manifest.classes, class_counts(self.manifest, rows))
+
+    def started(self, rows: np.ndarray, plan: Plan):
+        """The rows as training data, once the head is started on them where the recipe says so."""
+        dataset = self.datasets.part(self.handle.model, rows)
+        if self.recipe.head.get("start") == "probe" and self.handle.model.linear_head:
+            start_head(self.handle, self.task(rows), dataset, plan)
+        return dataset
+
+    def outputs(self, rows: np.ndarray, plan: Plan) -> np.ndarray:
+        """(rows, K) scores."""
+        model, task = self.handle.model, self.domain.task(self.recipe, self.manifest.classes)
+        dataset = self.datasets.part(model, rows)
+        raw, _ = predict_all(model, task, dataset, plan.batch_size, plan.device, workers=plan.workers)
+        return dataset.mean_by_row(raw)
+
+
+def class_counts(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """(K,) rows of each class; a row of several labels counts for each."""
+    targets = manifest.subset(rows).targets(manifest.classes)
+    return targets.sum(0) if targets.ndim == 2 else np.bincount(targets, minlength=len(manifest.classes))
 
 
 class Embedding:
@@ -318,6 +403,8 @@ def train(
     start, out = time.perf_counter(), Path(out)
     data, parts, outcomes = recipe.data, Parts(domain, manifest), []
     plans = [(seed, fold) for seed in recipe.seeds for fold in _folds(manifest, data, seed)]
+    for seed, fold in plans:
+        plans_of(recipe, fold, seed)  # refuses before any work
     used = np.unique(np.concatenate([getattr(fold, part) for _, fold in plans for part in fold.sizes]))
     remarks = _prepare(domain, domain.model(recipe, manifest.classes), manifest.subset(used))
     for remark in remarks:
@@ -328,7 +415,7 @@ def train(
             folder = out / "-".join([f"seed{seed}"] * (len(recipe.seeds) > 1) + [_safe(fold.name)] * bool(data.cv))
             say(f"run    {folder.name}: {', '.join(f'{n} {part}' for part, n in fold.sizes.items())} rows")
         with rows_named(manifest):
-            outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts)
+            outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts, say)
         outcome.metrics = {name: _evaluate(manifest, getattr(fold, name), o) for name, o in outcome.outputs.items()}
         outcomes.append(outcome)
     metrics = {name: pooled(manifest, outcomes, name) for name in ("test", "val")}
@@ -337,18 +424,24 @@ def train(
             "name": o.fold.name,
             "seed": o.seed,
             **{name: {m: v["value"] for m, v in found.items()} for name, found in o.metrics.items()},
+            **next(({"lr": row["lr"]} for row in o.rates if row["chosen"]), {}),
             "best_epoch": o.fit.best_epoch,
             "seconds": round(o.seconds, 2),
         }
         for o in outcomes
     ]
+    if recipe.lr_grid:
+        several = len(outcomes) > 1
+        metrics["lr_grid"] = [
+            {**({"name": o.fold.name, "seed": o.seed} if several else {}), **row} for o in outcomes for row in o.rates
+        ]
     adapters = [str(o.adapter) for o in outcomes]
     result = {
         "metrics": metrics,
         "params": outcomes[0].params,
         "adapter": adapters if len(adapters) > 1 or data.cv else adapters[0],
         "skipped": list(manifest.skipped),
-        "warnings": [*manifest.notes, *remarks],
+        "warnings": [*manifest.notes, *remarks, *dict.fromkeys(note for o in outcomes for note in o.notes)],
         "seconds": round(time.perf_counter() - start, 2),
     }
     return result, outcomes
@@ -385,6 +478,8 @@ def run(
         subset = manifest.subset(np.concatenate([getattr(o.fold, part) for o in seen]))
         names = [o.adapter.parent.name for o in seen for _ in o.outputs[part]] if len(outcomes) > 1 else None
         said = _predictions(subset, manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names)
+    monitor = recipe.plan.get("monitor") or domain.task(recipe, manifest.classes).monitor
+    grid = result["metrics"].get("lr_grid")
     page = Run(
         title=f"{recipe.method} on {Path(recipe.data.manifest).parent.name or recipe.data.manifest}",
         task=manifest.task,
@@ -399,14 +494,14 @@ def run(
         curves=[
             {"name": o.adapter.parent.name, "history": o.fit.history, "best_epoch": o.fit.best_epoch} for o in outcomes
         ],
-        monitor=domain.task(recipe, manifest.classes).monitor,
+        monitor=monitor,
         predictions=said,
         warnings=[
             *result["warnings"],
             *skipped_rows(manifest),
             *dict.fromkeys(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes)),
         ],
-        extra=outcomes[0].extra,
+        extra=[*([section(grid, monitor)] if grid else []), *outcomes[0].extra],
         seeds=recipe.seeds,
         seconds=result["seconds"],
     )
@@ -750,15 +845,16 @@ def budget_of(domain: Domain, recipe: Recipe):
     else:
         recipe, classes = complete(domain, recipe), ("a", "b")
     model = domain.model(recipe, classes)
-    options = {"train_norms": domain.train_norms, "head": HEAD, **recipe.method_settings}
+    method = resolve(recipe.method, **recipe.method_settings).without_data()
     batch = recipes.build(Plan, recipe.plan, "plan").batch_size
-    return budget(model, recipe.method, domain.sample(model, batch), **options)
+    return budget(model, method, domain.sample(model, batch), train_norms=domain.train_norms, head=HEAD)
 
 
 def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[str], dict[str, Any]]:
     """What training by a settled recipe would do, parameters first: lines for a terminal and the same as a table."""
     folds = _folds(manifest, recipe.data, recipe.seeds[0])
     domain.task(recipe, manifest.classes)  # refuses settings that exclude each other
+    rates = [plans_of(recipe, fold, recipe.seeds[0]) for fold in folds][0]
     handle = adapt(domain, recipe, manifest.classes)
     c = handle.parameters_count()
     share, roles = c["trained"] / c["total"], Counter(s.role for s in handle.sites)
@@ -770,6 +866,10 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
         f"{c['trained_without_head']:,} without the head){where}",
         f"data      {len(manifest)} rows, {len(manifest.classes)} classes, {len(set(manifest.groups()))} groups",
     ]
+    if recipe.lr_grid:
+        lines.append(f"rates     {', '.join(f'{plan.lr:g}' for plan in rates)}: validation rows choose")
+    if recipe.refit:
+        lines.append("refit     on training and validation rows together, once validation rows have chosen")
     for fold in folds:
         lines.append(f"split     {fold}")
         lines += [f"note      {note}" for note in fold.notes]

@@ -21,6 +21,7 @@ from adaptsuite.bank import (
     split_key,
     tensor_key,
 )
+from adaptsuite.depth import layer_factor
 from adaptsuite.errors import UsageError, nearest
 from adaptsuite.method import Method, resolve
 from adaptsuite.probe import called_modules
@@ -87,7 +88,7 @@ def place(
         if state is not None:
             handle.load_state(state)
         bank.activate([name])
-        if any(hasattr(b, "enter") for b in bank.adapters[name].branches.values()):
+        if any(hasattr(b, "enter") or getattr(b, "needs_grid", False) for b in bank.adapters[name].branches.values()):
             _rehearse(model, method, sample)
     except BaseException:
         if name in bank.adapters:
@@ -108,10 +109,16 @@ def get_handle(model: nn.Module, name: str = "default") -> "Handle":
 
 
 def _sites(model: nn.Module, method: Method, last_k: int | None) -> list[Site]:
-    sites = find_sites(model, method.sites) if method.sites else []
-    if last_k is None:
+    sites = find_sites(model, method.roles) if method.roles else []
+    if last_k is None and method.blocks is None:
         return sites
     depth = {c.prefix: c.num_blocks for c in component_info(model)}
+    if method.blocks is not None:
+        for block in method.blocks:
+            method.expect("blocks", 0 <= block < max(depth.values()), f"among 0 to {max(depth.values()) - 1}")
+        sites = [s for s in sites if s.block is None or s.block in method.blocks]
+    if last_k is None:
+        return sites
     if not 1 <= last_k <= max(depth.values()):
         raise UsageError(f"last_k is {last_k}, this model has {max(depth.values())} blocks")
     return [s for s in sites if s.block is None or s.block >= depth[s.component] - last_k]
@@ -173,7 +180,8 @@ def _build(
     adapter = Adapter(method, list(sites), head)
     shared = method.shared(list(sites))
     if shared is not None:
-        adapter.shared = shared.to(next(root.parameters()).device)
+        first = next(root.parameters())
+        adapter.shared = shared.to(first.device, torch.promote_types(first.dtype, torch.float32))
     for site in sites:
         module = root.get_submodule(site.path)
         branch = method.build(site) if shared is None else method.build(site, shared)
@@ -182,6 +190,8 @@ def _build(
             like = next((p for p in module.parameters() if p.is_floating_point()), next(root.parameters()))
             # adapters stay in float32 on a half-precision base: their updates are too small for it
             adapter.branches[site.key] = branch.to(like.device, torch.promote_types(like.dtype, torch.float32))
+    used = (s for s in sites if s.key in adapter.branches or method.base(s, root.get_submodule(s.path)))
+    adapter.sites = {s.key: s for s in used}
     for key, kind in held.items():
         if kind == "buffer":
             adapter.hold_buffer(root, *split_key(key))
@@ -192,7 +202,7 @@ def _build(
     if method.in_place:
         adapter.keep(root)
     if not adapter.num_trained():
-        raise UsageError(f"method {method.name!r} finds nothing to train at {', '.join(method.sites) or 'its sites'}")
+        raise UsageError(f"method {method.name!r} finds nothing to train at {', '.join(method.roles) or 'its sites'}")
     return adapter
 
 
@@ -220,7 +230,7 @@ def _check_reach(bank: "Bank", method: Method, site: Site, branch: nn.Module) ->
         return
     if site.weight is None:
         raise UsageError(f"method {method.name!r}: site {site.path!r} ({site.role}) is never called in a forward")
-    if not hasattr(branch, "delta"):
+    if not hasattr(branch, "delta") and not hasattr(branch, "row_gain"):
         raise UsageError(
             f"method {method.name!r} acts on what a module returns, but this host reads {site.path}.{site.weight} "
             "without calling the module; choose attn, mlp or block as sites, or a method on weights such as lora"
@@ -318,22 +328,34 @@ class Handle:
         """adapter | norm | head, for a name of `trained()`."""
         return self.adapter.kinds.get(name.removeprefix("tensors."), "adapter")
 
-    def trainable(self) -> list[dict[str, Any]]:
+    def trainable(self, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Optimiser groups {"name": adapter | norm | head, "lr_scale", "params": [], "names": []}; no empty ones.
 
-        lr_scale: 1, or what the module of a trained base tensor says in its own `lr_scale` {parameter: factor}.
+        lr_scale: 1, or what a tensor's module (of the base or of a branch) says in its `lr_scale` {parameter: factor},
+        times the tensor's layer_factor (adaptsuite.depth), which is 1 for what belongs to no one place of the model.
         """
+        factor = layer_factor(self.model, layer_decay)
         groups: dict[tuple[str, float], dict[str, Any]] = {}
         for name, p in self.trained().items():
-            kind, scale = self.kind(name), 1.0
-            if name.startswith("tensors."):
-                path, param = split_key(name.removeprefix("tensors."))
-                scale = getattr(self.model.get_submodule(path), "lr_scale", {}).get(param, 1.0)
+            kind, place = self.kind(name), self._place_of(name)
+            scale = 1.0 if place is None else factor(place)
+            if not name.startswith("base."):
+                held = name.startswith("tensors.")
+                path, param = split_key(name.removeprefix("tensors.")) if held else name.rsplit(".", 1)
+                owner = (self.model if held else self.adapter).get_submodule(path)
+                scale *= getattr(owner, "lr_scale", {}).get(param, 1.0)
             new = {"name": kind, "lr_scale": scale, "params": [], "names": []}
             group = groups.setdefault((kind, scale), new)
             group["params"].append(p)
             group["names"].append(name)
         return list(groups.values())
+
+    def _place_of(self, name: str) -> str | None:
+        """Path in the model that a name of `trained()` acts at; None for factors that several sites share."""
+        first, *rest = name.split(".")
+        if first in ("tensors", "base"):
+            return rest[0].replace("/", ".")
+        return next((self.adapter.sites[part].path for part in rest if part in self.adapter.sites), None)
 
     def parameters_count(self) -> dict[str, int]:
         """trained, trained_without_head, total; a trained copy and its frozen original count once."""
@@ -395,6 +417,8 @@ class Handle:
                 if value.shape != state[name].shape:
                     shapes = f"{tuple(state[name].shape)}, expected {tuple(value.shape)}"
                     raise ValueError(f"adapter state: {name} is {shapes}")
+                if name.endswith(".checksum") and not torch.equal(value, state[name].to(value)):
+                    raise ValueError(f"adapter state: {name}: its random choices cannot be drawn again from the seed")
             for name, value in own.items():
                 value.copy_(state[name])
 

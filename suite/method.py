@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,19 +24,29 @@ class Method:
     """Settings of one method and the promises it makes; subclasses are frozen dataclasses with a field `sites`.
 
     A branch is a module with `forward(x, y, context) -> new y` (x: the site's input, y: its output), or `delta()`, the
-    change of the site's weight (dim_out, dim), or both. Only a branch with `delta` can live on a weight that the host
-    reads without calling its module, and only such a branch can be merged. A branch that changes what the module gets
-    has `enter(module, args, kwargs) -> (args, kwargs)` too, and `exit(module)`, called however the forward ends; such
-    a method is tried once on a meta copy of the host by `attach`.
+    change of the site's weight (dim_out, dim), or both. `row_gain()` multiplies the rows of weight and bias before
+    that, `row_shift()` is added to the bias, both (dim_out,). Only a branch with one of these can live on a weight that
+    the host reads without calling its module, and only such a branch can be merged. A branch that changes what the
+    module gets has `enter(module, args, kwargs) -> (args, kwargs)` too, and `exit(module)`, called however the forward
+    ends.
+    `needs_grid = True` puts the (h, w) of image tokens into the branch's context as `grid`, and a `shrink`
+    (adaptsuite.grid.Shrink) says that its block gives fewer tokens. Methods with such branches are tried once on a meta
+    copy of the host by `attach`.
     """
 
     name: ClassVar[str]
     sites: tuple[str, ...] = ()
+    blocks: tuple[int, ...] | None = None  # of each component, from 0; None: all. A field where a method offers it
     identity_at_start: bool = True  # the adapted host equals the backbone before training
     mergeable: bool | str = True  # True, or the reason why not
     norms: tuple[str, ...] = ("final",)  # norms trained too where a domain asks for it: final, beside
     needs_head: bool = False  # without a `head=` the host's own head is trained
     in_place: bool = False  # trains the base tensors themselves; cannot be combined
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the sites it looks at: `sites`, and whatever else its settings ask for."""
+        return self.sites
 
     def build(self, site: Site) -> nn.Module | None:
         """The branch of one site, or None where the method only trains base tensors."""
@@ -50,6 +60,18 @@ class Method:
         """Factors that several sites share; when there are any, `build(site, shared)` receives them."""
         return None
 
+    def prepare(self, model: nn.Module, task, train, val, plan, say: Callable[[str], None] = print) -> "Method":
+        """The method with what it leaves to the data decided (which blocks, say); itself where nothing is left.
+
+        Called before `attach`, with what `adaptsuite.trainer.fit` takes; the model is as before when it returns.
+        say: hears what is measured and chosen.
+        """
+        return self
+
+    def without_data(self) -> "Method":
+        """The method as `prepare` might leave it, for what looks at no data: as large, with any choice."""
+        return self
+
     def regulariser(self, handle) -> Tensor | None:
         """A term that the trainer adds to the loss, or None."""
         return None
@@ -59,6 +81,14 @@ class Method:
 
     def check(self) -> None:
         """Raises UsageError for settings that cannot be; called by `resolve` and by `attach`."""
+
+    def expect(self, setting: str, fine: bool, what: str) -> None:
+        """Raises UsageError that says what a setting must be, unless it is fine."""
+        if not fine:
+            raise UsageError(f"{self.name}: {setting} is {getattr(self, setting)!r}, it must be {what}")
+
+    def expect_one_of(self, setting: str, choices: Sequence) -> None:
+        self.expect(setting, getattr(self, setting) in choices, f"{', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def register(name: str):
@@ -101,9 +131,7 @@ def resolve(name: str, **settings: Any) -> Method:
             raise UsageError(f"method {name!r} has no setting {key!r}; {nearest(key, known)}")
     if isinstance(settings.get("sites"), str):
         settings["sites"] = (settings["sites"],)
-    if "sites" in settings:
-        settings["sites"] = tuple(settings["sites"])
-    method = cls(**settings)
+    method = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
     method.check()
     return method
 

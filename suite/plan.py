@@ -8,21 +8,30 @@ from adaptsuite.errors import UsageError, nearest
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of one training run; the effective batch is batch_size x accumulate on any number of processes."""
+    """Settings of one training run; the effective batch is batch_size x accumulate on any number of processes.
+
+    A tensor's rate is lr (of the head: head_lr) x its own `lr_scale` x the factor of its layer x the schedule.
+    """
 
     epochs: int = 20
     lr: float = 1e-3
     head_lr: float | None = None  # of the task head; None: lr
-    weight_decay: float = 0.05  # not on 1-D tensors (norms, biases, gates), unless decay_all
+    layer_decay: float = 1.0  # a layer's share of the rate of the layer above it (adaptsuite.depth); 1: all alike
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.9  # sgd
+    weight_decay: float = 0.05  # not on 1-D tensors (norms, biases, gates), unless decay_all; sgd: through the gradient
     decay_all: bool = False  # weight decay on every trained tensor, as some papers' code has it
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw
+    eps: float = 1e-8  # adamw
     batch_size: int = 32  # samples of one forward pass, all processes together
     accumulate: int = 1  # forward passes per optimiser step
     balanced: bool = False  # draw the samples of an epoch with replacement, so that classes come equally often
     warmup: float = 0.1  # share of all steps, linear from zero
+    warmup_steps: int | None = None  # the same as a number; None: `warmup` decides
     schedule: Literal["cosine", "constant"] = "cosine"
+    min_lr: float = 0.0  # where the cosine ends for tensors at lr; all others end at the same share of their own rate
     clip: float | None = 1.0  # largest norm of the gradient; None: no limit
+    ema: float | None = None  # decay of an average of the weights that is validated and kept in their place; None: off
     patience: int | None = None  # epochs without a better monitor; None: never stop early
     monitor: str | None = None  # validation metric that picks the best epoch; None: the task's
     seed: int = 0
@@ -34,19 +43,27 @@ class Plan:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("schedule", "device", "precision"):
+        for name in ("optimizer", "schedule", "device", "precision"):
             value, choices = getattr(self, name), get_args(get_type_hints(Plan)[name])
             if value not in choices:
                 raise UsageError(f"{name}={value!r} is not known; {nearest(str(value), choices)}")
         for name in ("epochs", "batch_size", "accumulate", "patience", "checkpoint_steps"):
             self._expect(name, lambda v: isinstance(v, int) and v >= 1, "a whole number from 1")
-        for name in ("workers", "max_skips", "seed"):
+        for name in ("workers", "max_skips", "seed", "warmup_steps"):
             self._expect(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
         for name in ("lr", "head_lr", "eps", "clip"):
             self._expect(name, lambda v: 0 < v < float("inf"), "a number above 0")
-        self._expect("weight_decay", lambda v: 0 <= v < float("inf"), "a number from 0")
+        for name in ("weight_decay", "min_lr"):
+            self._expect(name, lambda v: 0 <= v < float("inf"), "a number from 0")
+        self._expect("momentum", lambda v: 0 <= v < 1, "a number in [0, 1)")
+        self._expect("layer_decay", lambda v: 0 < v <= 1, "a number in (0, 1]")
+        self._expect("ema", lambda v: 0 < v < 1, "a number in (0, 1)")
         self._expect("warmup", lambda v: 0 <= v < 1, "a share of the steps in [0, 1)")
         self._expect("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
+        if self.min_lr > self.lr:
+            raise UsageError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}: the schedule falls from lr to min_lr")
+        if self.min_lr and self.schedule != "cosine":
+            raise UsageError(f"min_lr={self.min_lr:g} is where a cosine ends, the schedule is {self.schedule}")
 
     def _expect(self, name: str, valid, what: str) -> None:
         value = getattr(self, name)

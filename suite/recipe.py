@@ -52,6 +52,8 @@ class Recipe:
     plan: dict = field(default_factory=dict)
     rates: dict = field(default_factory=dict)  # method or "default" -> plan.lr where that is not set, as papers have it
     head: dict = field(default_factory=dict)
+    lr_grid: tuple[float, ...] = ()  # values of plan.lr of which validation rows choose one (adaptsuite.rates)
+    refit: bool = False  # then train on training and validation rows together, as long as the chosen fit did best
     seeds: tuple[int, ...] = (0,)
     notes: str = ""
     paper: str = ""

@@ -63,7 +63,7 @@ class Run:
     adapter_bytes: int | None = None
     budget: Mapping[str, Any] | None = None
     data: Mapping[str, Any] = field(default_factory=dict)  # the data card: rows, classes, groups, splits, sha256 ...
-    metrics: Mapping[str, Any] = field(default_factory=dict)  # "test", "val": {name: metric}; "folds": a table
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # "test", "val": {name: metric}; folds, lr_grid: tables
     curves: Sequence[Mapping[str, Any]] = ()  # {"name", "history", "best_epoch"} of each training
     monitor: str = "accuracy"
     predictions: Predictions | None = None
@@ -230,7 +230,7 @@ def _fold_table(run: Run, part: str | None) -> list[dict[str, Any]]:
             if isinstance(value, Mapping) and key in ("test", "val"):
                 row |= {_words(n): v for n, v in list(value.items())[:HEADLINE]} if key == part else {}
             else:
-                row[_words(key)] = value
+                row[_words(key)] = f"{value:g}" if key == "lr" else value
         rows.append(row)
     return rows
 

@@ -2,7 +2,8 @@
 
 A model is walked once for blocks. A block is any module whose parts match one row of `LAYOUTS` (by the names AND the
 widths of the parts), wherever it sits, so task models, two-tower models and backbones of other libraries work alike.
-Roles: attn.q attn.k attn.v attn.qkv attn.out attn mlp.in mlp.out mlp block norm patch_embed head.
+Roles: attn.q attn.k attn.v attn.qkv attn.out attn mlp.in mlp.out mlp block norm patch_embed cls head; a role with a
+question mark behind it ("patch_embed?") is taken where a host has it.
 Only self-attention is listed; cross-attention inside decoder blocks is left alone.
 A block of your own is found when its parts have the names of one row. Where its norms stand it says itself, by the
 `norm_first` of torch's encoder layers: False for x = norm(x + attn(x)).
@@ -20,7 +21,7 @@ BANK = "adapter_bank"  # submodule of an adapted host that holds the adapters: n
 
 ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "attn", "mlp.in", "mlp.out", "mlp",
-    "block", "norm", "patch_embed", "head",
+    "block", "norm", "patch_embed", "cls", "head",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ class Site:
     batch_first: bool = True  # False: the module gets (T, B, D)
     component: str = ""  # prefix of the sub-model, as in Component
     prefix_tokens: int = 0  # CLS, distillation and register tokens in front of the others, where known
+    depth: int = 0  # blocks of the component
 
     @property
     def key(self) -> str:
@@ -182,19 +184,23 @@ CROSS = ("encoder_attn", "multihead_attn", "crossattention")  # attention to ano
 HEADS = (
     "head", "heads", "classifier", "classification_head", "score", "lm_head", "cls", "qa_outputs", "out", "fc",
 )  # fmt: skip
-PREFIXES = (
-    "cls_token", "class_embedding", "class_token", "dist_token", "distillation_token", "reg_token", "register_tokens",
-)  # fmt: skip
+CLS_TOKENS = ("cls_token", "class_embedding", "class_token")
+PREFIXES = (*CLS_TOKENS, "dist_token", "distillation_token", "reg_token", "register_tokens")
 
 
 def find_sites(model: nn.Module, roles: str | Sequence[str]) -> list[Site]:
     """The sites of one or several roles, in the order of the roles, then of the model.
 
-    Raises LookupError when a role has no match, listing what there is, and when a fused weight's order is not known.
+    Raises LookupError when a role without "?" has no match, listing what there is, and when a fused weight's order is
+    not known.
     """
     found, blocked = _index(model)
     sites: dict[str, Site] = {}
     for role in [roles] if isinstance(roles, str) else roles:
+        if role.endswith("?") and role[:-1] in ROLES:
+            role = role[:-1]
+            if not found[role] or role in blocked:
+                continue
         if role in blocked:
             raise LookupError(f"site {role!r} cannot be cut out of {blocked[role]}; take 'attn.qkv'")
         if not found.get(role):
@@ -209,6 +215,17 @@ def roles(model: nn.Module) -> dict[str, int]:
     """How many sites each role has; roles without a site are left out."""
     found, blocked = _index(model)
     return {role: len(found[role]) for role in ROLES if found.get(role) and role not in blocked}
+
+
+def patch_maps(model: nn.Module) -> dict[str, str]:
+    """Prefix of a component -> the module whose output (B, D, *grid) becomes its patches, row by row."""
+    found = {}
+    for tower in _towers(model):
+        root = _at(model, tower.root)
+        path = next((path for path in PATCHES if isinstance(_at(root, path), nn.Module)), None)
+        if path is not None:
+            found[tower.info.prefix] = _join(tower.root, path)
+    return found
 
 
 def component_info(model: nn.Module) -> list[Component]:
@@ -482,13 +499,13 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
         for index, block in enumerate(tower.blocks):
             for site in _block_sites(model, block, before):
                 info = tower.info
-                own = {"component": info.prefix, "prefix_tokens": info.num_prefix_tokens}
-                found[site.role].append(replace(site, block=index, **own))
+                own = {"prefix_tokens": info.num_prefix_tokens, "depth": info.num_blocks}
+                found[site.role].append(replace(site, block=index, component=info.prefix, **own))
             before = _join(block.path, block.mlps[-1][1])
             if block.blocked:
                 blocked |= {role: f"{_join(block.path, block.blocked)}" for role in ("attn.q", "attn.k", "attn.v")}
         for site in _outer_sites(model, tower):
-            found[site.role].append(replace(site, component=tower.info.prefix))
+            found[site.role].append(replace(site, component=tower.info.prefix, depth=tower.info.num_blocks))
     return {role: list({site.key: site for site in sites}.values()) for role, sites in found.items()}, blocked
 
 
@@ -530,16 +547,22 @@ def _block_sites(model: nn.Module, block: _Block, before: str | None) -> Iterato
     for name, part in module.named_modules():
         unused = name == "norm_cross_attn" and not module.with_cross_attention  # MONAI makes it in every block
         if _is_norm(part) and not unused:
-            yield replace(tokens("norm", name), dim=part.weight.shape[0], dim_out=part.weight.shape[0])
+            width, bias = part.weight.shape[0], None if getattr(part, "bias", None) is None else "bias"
+            yield replace(tokens("norm", name), dim=width, dim_out=width, bias=bias)
 
 
 def _outer_sites(model: nn.Module, tower: _Tower) -> Iterator[Site]:
     root, info = _at(model, tower.root), tower.info
     if info.final_norm:
-        width = _at(model, info.final_norm).weight.shape[0]
-        yield Site("norm", info.final_norm, None, width, width)
+        final = _at(model, info.final_norm)
+        width, bias = final.weight.shape[0], None if getattr(final, "bias", None) is None else "bias"
+        yield Site("norm", info.final_norm, None, width, width, bias=bias)
     if patch := next(filter(None, (_weight(root, path) for path in PATCHES)), None):
         yield _weight_site("patch_embed", tower.root, patch)
+    for holder in ("", "embeddings"):
+        for name in CLS_TOKENS:
+            if isinstance(token := getattr(_at(root, holder), name, None), nn.Parameter):  # on this module
+                yield Site("cls", _join(tower.root, holder), None, token.shape[-1], token.shape[-1])
     if info.head:
         yield _weight_site("head", info.head, _weight(_at(model, info.head), _last_layer(_at(model, info.head))))
 

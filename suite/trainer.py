@@ -4,6 +4,7 @@ Every random draw is a function of (seed, epoch, step), the best epoch is kept a
 on from its newest complete checkpoint to the same weights, bit for bit (on a CPU).
 """
 
+import contextlib
 import json
 import math
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptsuite.average import Average
 from adaptsuite.batches import (
     Seeded,
     balanced_weights,
@@ -36,6 +38,7 @@ from adaptsuite.checkpoint import (
     with_prefix,
     without_prefix,
 )
+from adaptsuite.depth import layer_factor
 from adaptsuite.devices import (
     Processes,
     autocast,
@@ -51,7 +54,7 @@ from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
 from adaptsuite.progress import Progress
 
-__all__ = ["FitResult", "Plan", "Task", "fit", "pick_device", "predict_all"]
+__all__ = ["FitResult", "Plan", "Task", "fit", "pick_device", "predict_all", "rank"]
 
 # settings that may change between a run and its continuation
 FREE = ("device", "workers", "max_skips", "checkpoint_steps", "tensorboard")
@@ -77,11 +80,11 @@ class Task(Protocol):
 
 @dataclass
 class FitResult:
-    """What training did; the model itself holds the weights of `best_epoch`, in eval mode."""
+    """What training did; the model itself holds the weights of `best_epoch` (plan.ema: their average), in eval mode."""
 
     best_epoch: int  # from 1
     best: dict[str, float | None]  # validation metrics of that epoch; empty without validation
-    history: list[dict[str, Any]]  # per epoch: epoch, step, loss, lr, skipped, seconds, val {metric: value}
+    history: list[dict[str, Any]]  # per epoch: epoch, step, loss, lr (unscaled), skipped, seconds, val {metric: value}
     seconds: float  # all starts of a resumed run together
     steps: int
     stopped: str  # "epochs" or "patience"
@@ -98,19 +101,21 @@ def fit(
     out: str | Path | None = None,
     handle=None,
     on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    until: int | None = None,
 ) -> FitResult:
     """Trains what `handle` (None: every parameter that requires a gradient) gives, and leaves the best epoch in place.
 
     train, val: map-style datasets of dicts of tensors, collated by `dataset.collate` or torch's default; val None: the
     last epoch is kept. plan.balanced needs `train.item_targets`, (N,) class numbers or (N, K) zeros and ones.
     out: folder of checkpoints and log.jsonl; a run found there goes on where it was, and one made with other settings
-    or data is refused.  on_epoch(history row): after each epoch's checkpoint.
+    or data is refused.  on_epoch(history row): after each epoch's checkpoint.  until: the last epoch that is trained;
+    the schedule stays that of plan.epochs, so this is where a longer run stood then.
     SIGINT and SIGTERM write a checkpoint before they take effect.  Sets the global random states.
     Raises UsageError, DataError, ResourceError, and Diverged after plan.max_skips non-finite steps in a row.
     """
     handle = _Everything(model) if handle is None else handle
     with Signals() as signals:
-        run = _Run(model, task, train, val, plan, None if out is None else Path(out), handle, signals)
+        run = _Run(model, task, train, val, plan, None if out is None else Path(out), handle, signals, until)
         with run.progress:
             run.resume()
             run.train_epochs(on_epoch)
@@ -123,13 +128,13 @@ def fit(
 class _Run:
     """One training run: position (epoch, step of the epoch), optimiser, best copy, history."""
 
-    def __init__(self, model, task, train, val, plan: Plan, out: Path | None, handle, signals: Signals):
+    def __init__(self, model, task, train, val, plan: Plan, out: Path | None, handle, signals: Signals, until):
         if len(train) == 0:
             raise DataError("the training set is empty")
         if val is not None and len(val) == 0:
             raise DataError("the validation set is empty: give it rows, or val=None to keep the last epoch")
         self.model, self.task, self.train, self.val = model, task, train, val
-        self.plan, self.out, self.handle, self.signals = plan, out, handle, signals
+        self.plan, self.out, self.handle, self.signals, self.until = plan, out, handle, signals, until
         self.monitor = plan.monitor or task.monitor
         self.method = getattr(handle, "method", None)
         self.regulariser = getattr(handle, "regulariser", lambda: None)
@@ -137,9 +142,10 @@ class _Run:
         self.device = self.processes.device
         check_precision(self.device, plan.precision)
         model.to(self.device)
-        self.optimizer = torch.optim.AdamW(_groups(handle, plan), betas=plan.betas, eps=plan.eps)
+        self.optimizer = _optimizer(handle, plan)
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.precision == "fp16")
+        self.average = None if plan.ema is None else Average(handle, plan.ema)
         self.micro = -(-plan.batch_size // self.processes.world)  # samples in memory at once; halved when it runs out
         self.epoch = self.step = self.skips = self.skipped = 0
         self.epoch_loss, self.epoch_samples, self.epoch_skipped = 0.0, 0, 0
@@ -151,12 +157,15 @@ class _Run:
         self.interrupted = False
         self.weights = _weights(train) if plan.balanced else None
         self.steps = self._steps(0)
+        self.total = plan.epochs * len(self.steps)
+        self.warm = _warmup(plan, self.total)
+        self.factor = 1.0  # of the schedule, at the last step
         self.progress = Progress(out, plan, main=self.processes.main)
 
     # ---- the loop
 
     def train_epochs(self, on_epoch: Callable[[dict[str, Any]], Any] | None) -> None:
-        while self.epoch < self.plan.epochs and not self._out_of_patience() and not self.interrupted:
+        while self.epoch < self._last() and not self._out_of_patience() and not self.interrupted:
             self.steps = self._steps(self.epoch)
             self._train_epoch()
             if self.interrupted:
@@ -172,7 +181,7 @@ class _Run:
         self.model.train()
         self.epoch_started = time.perf_counter()
         batches = None
-        with self.progress.steps(self.epoch, self.plan.epochs, len(self.steps), self.step) as advance:
+        with self.progress.steps(self.epoch, self._last(), len(self.steps), self.step) as advance:
             while self.step < len(self.steps):
                 batches = batches or self._batches()
                 try:
@@ -189,7 +198,7 @@ class _Run:
                 advance()
                 due = self.plan.checkpoint_steps and self._position() % self.plan.checkpoint_steps == 0
                 if (stop or due) and self.step < len(self.steps):  # the end of the epoch writes one anyway
-                    self.processes.same_state(self.handle)
+                    self._same_state()
                     self._save()
                     self.interrupted = stop
                     if stop:
@@ -222,12 +231,15 @@ class _Run:
         if self.plan.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.plan.clip, norm)
         value, norm = torch.stack([loss.float(), norm.float()]).tolist()  # the step's one wait for the device
+        self.factor = _lr_factor(self._position(), self.total, self.warm, self.plan)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * _lr_factor(self._position(), self.plan.epochs * len(self.steps), self.plan)
+            group["lr"] = group["base_lr"] * self.factor
         if math.isfinite(value) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             if self.method is not None:
                 self.method.on_step(self._position(), self.optimizer, self.handle)
+            if self.average is not None:
+                self.average.update()
             self.skips = 0
             self.epoch_loss += value * len(self.steps[self.step])
             self.epoch_samples += len(self.steps[self.step])
@@ -253,11 +265,8 @@ class _Run:
         self.progress.warn(f"non-finite {what} at {where}: step skipped")
         if self.skips <= self.plan.max_skips:
             return
-        kept = "the last finite weights are kept"
-        if self.best:
-            self.handle.load_state(self.best)
-            kept = f"the weights of epoch {self.best_epoch} are kept"
-        self.model.eval()
+        kept = f"the weights of epoch {self.best_epoch} are kept" if self.best else "the last finite weights are kept"
+        self._put_in_place()
         raise Diverged(
             f"{self.skips} steps in a row had a non-finite {what} (the last: {where}); {kept}: "
             f"try lr below {self.plan.lr:g}, a longer warmup or precision fp32"
@@ -265,24 +274,27 @@ class _Run:
 
     def _end_epoch(self) -> dict[str, Any]:
         """Validates, copies the weights when they are the best so far, and adds the row to the history."""
-        self.processes.same_state(self.handle)
-        scores = self._evaluate() if self.val is not None else {}
-        value, best = self._rank(scores), self._rank(self._best_scores())
+        self._same_state()
+        scores: dict[str, float | None] = {}
         if self.val is None:
             self.best_epoch = self.epoch + 1
-        elif value is not None and (best is None or value > best):
-            self.best, self.best_epoch = copied(self.handle.state()), self.epoch + 1
+        else:
+            with self.average.in_place() if self.average is not None else contextlib.nullcontext():
+                scores = self._evaluate()
+                value, best = rank(scores, self.monitor), rank(self._best_scores(), self.monitor)
+                if value is not None and (best is None or value > best):
+                    self.best, self.best_epoch = copied(self.handle.state()), self.epoch + 1
         row = {
             "epoch": self.epoch + 1,
             "step": self._position(),
             "loss": self.epoch_loss / self.epoch_samples if self.epoch_samples else None,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.param_groups[0]["unscaled"] * self.factor,
             "skipped": self.epoch_skipped,
             "seconds": round(self._epoch_elapsed(), 3),
             "val": scores,
         }
         self.history.append(row)
-        self.progress.epoch(row, self.plan.epochs, self.monitor)
+        self.progress.epoch(row, self._last(), self.monitor)
         self.epoch, self.step = self.epoch + 1, 0
         self.epoch_loss, self.epoch_samples, self.epoch_skipped, self.epoch_seconds = 0.0, 0, 0, 0.0
         self.epoch_started = time.perf_counter()
@@ -317,12 +329,10 @@ class _Run:
 
     def finish(self) -> FitResult:
         """Puts the best epoch's weights in place."""
-        if self.best:
-            self.handle.load_state(self.best)
-        elif self.val is not None:
+        self._put_in_place()
+        if not self.best and self.val is not None:
             self.best_epoch = self.epoch
             self.progress.warn(f"{self.monitor} was never a finite number: the last epoch is kept")
-        self.model.eval()
         result = FitResult(
             best_epoch=self.best_epoch,
             best=self._best_scores(),
@@ -336,11 +346,20 @@ class _Run:
         self.progress.event("end", step=result.steps, best_epoch=self.best_epoch, stopped=result.stopped)
         return result
 
-    def _rank(self, scores: dict[str, float | None]) -> tuple[float, float] | None:
-        """What epochs are compared by: the monitor, then log loss, since a small validation part has many equals."""
-        if scores.get(self.monitor) is None:
-            return None
-        return scores[self.monitor], -(scores.get("log_loss") or 0.0)
+    def _put_in_place(self) -> None:
+        """Leaves the best epoch's weights in the model; where there is no best, the last ones or their average."""
+        if self.best or self.average is not None:
+            self.handle.load_state(self.best or self.average.state())
+        self.model.eval()
+
+    def _same_state(self) -> None:
+        self.processes.same_state(self.handle)
+        if self.average is not None:
+            self.processes.same_state(self.average)
+
+    def _last(self) -> int:
+        """How many epochs are trained, unless patience ends before."""
+        return self.plan.epochs if self.until is None else self.until
 
     def _best_scores(self) -> dict[str, float | None]:
         return self.history[self.best_epoch - 1]["val"] if self.best_epoch else {}
@@ -385,7 +404,7 @@ class _Run:
             self.progress.warn(f"the batch of {batch} is larger than the training set: a step takes all {num} samples")
         elif (extra := max(map(len, self.steps)) - batch) > 0:
             self.progress.warn(f"{num} samples in steps of {batch} leave {extra} over: joined to the last full step")
-        if self.val is None:
+        if self.val is None and self.until is None:
             self.progress.warn("no validation set: the last epoch is kept")
             if self.plan.patience is not None:
                 self.progress.warn("patience has no effect without a validation set")
@@ -409,11 +428,14 @@ class _Run:
             self.best = without_prefix("best.", tensors)
             restore_optimizer(self.optimizer, without_prefix("optimizer.", tensors), record["optimizer"])
             self.scaler.load_state_dict(record["scaler"])
+            if self.average is not None:
+                self.average.load_state(without_prefix("average.", tensors))
+                self.average.steps = record["averaged"]
             for name in POSITION:
                 setattr(self, name, record[name])
             notes = record["notes"]
             self.progress.line(f"resumed from {path}")
-        self.processes.same_state(self.handle)
+        self._same_state()
         self.processes.check_same(self.model, self._position())
         self.progress.start(self._position(), notes, settings=self.settings, device=str(self.device))
         self._warn_of_data()
@@ -426,13 +448,17 @@ class _Run:
         if self.processes.main:
             moments, scalars = flatten_optimizer(self.optimizer)
             tensors = with_prefix("model.", self.handle.state()) | with_prefix("best.", self.best)
+            tensors |= with_prefix("optimizer.", moments)
             record = {name: getattr(self, name) for name in POSITION} | {
                 "settings": self.settings,
                 "optimizer": scalars,
                 "scaler": self.scaler.state_dict(),
                 "notes": self.progress.notes,
             }
-            save_checkpoint(self.out, self._position(), tensors | with_prefix("optimizer.", moments), record)
+            if self.average is not None:
+                tensors |= with_prefix("average.", self.average.state())
+                record["averaged"] = self.average.steps
+            save_checkpoint(self.out, self._position(), tensors, record)
         self.processes.wait()
 
     def _settings(self) -> dict[str, Any]:
@@ -445,6 +471,7 @@ class _Run:
             "training data": data_mark(self.train),
             "validation data": data_mark(self.val),
             "trained tensors": f"{len(shapes)} ({short_hash(repr(shapes).encode())})",
+            "last epoch": self._last(),
         }
         return json.loads(json.dumps(settings))  # as a checkpoint gives it back
 
@@ -461,9 +488,15 @@ class _Everything:
     def __init__(self, model: nn.Module):
         self.model = model
 
-    def trainable(self) -> list[dict[str, Any]]:
-        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return [{"name": "model", "params": list(named.values()), "names": list(named)}]
+    def trainable(self, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        factor, groups = layer_factor(self.model, layer_decay), {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                new = {"name": "model", "lr_scale": factor(name), "params": [], "names": []}
+                group = groups.setdefault(new["lr_scale"], new)
+                group["params"].append(p)
+                group["names"].append(name)
+        return list(groups.values())
 
     def state(self) -> dict[str, Tensor]:
         named = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -486,26 +519,54 @@ def _weights(dataset) -> np.ndarray:
     return balanced_weights(targets)
 
 
+def rank(scores: dict[str, float | None], monitor: str) -> tuple[float, float] | None:
+    """What epochs and rates are compared by, higher is better; None: no finite monitor.
+
+    The monitor, then log loss: a small validation part has many equals.
+    """
+    if scores.get(monitor) is None:
+        return None
+    return scores[monitor], -(scores.get("log_loss") or 0.0)
+
+
+def _optimizer(handle, plan: Plan) -> torch.optim.Optimizer:
+    groups = _groups(handle, plan)
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=plan.momentum)
+    return torch.optim.AdamW(groups, betas=plan.betas, eps=plan.eps)
+
+
 def _groups(handle, plan: Plan) -> list[dict[str, Any]]:
-    """AdamW groups: 1-D tensors without decay unless plan.decay_all, the group named "head" at head_lr."""
+    """The optimiser's groups: 1-D tensors without decay unless plan.decay_all, those named "head" at head_lr."""
     groups = []
-    for given in handle.trainable():
-        lr = plan.head_lr if given["name"] == "head" and plan.head_lr is not None else plan.lr
-        lr *= given.get("lr_scale", 1.0)
+    for given in handle.trainable(plan.layer_decay) if plan.layer_decay != 1 else handle.trainable():
+        unscaled = plan.head_lr if given["name"] == "head" and plan.head_lr is not None else plan.lr
+        lr = unscaled * given.get("lr_scale", 1.0)
         for flat, decay in ((False, plan.weight_decay), (True, plan.weight_decay if plan.decay_all else 0.0)):
             params = [p for p in given["params"] if (p.ndim <= 1) == flat]
             if params:
-                groups.append({"params": params, "weight_decay": decay, "lr": lr, "base_lr": lr})
+                rates = {"lr": lr, "base_lr": lr, "unscaled": unscaled}
+                groups.append({"params": params, "weight_decay": decay, **rates})
     if not groups:
         raise UsageError("there is no tensor to train: every parameter is frozen")
     return groups
 
 
-def _lr_factor(step: int, total: int, plan: Plan) -> float:
-    """Share of the full learning rate at a step: linear warm-up, then constant or half a cosine down to zero."""
-    warm = round(plan.warmup * total)
+def _warmup(plan: Plan, total: int) -> int:
+    """Steps of the warm-up; UsageError where it would take all of them."""
+    share = plan.warmup_steps is None
+    warm = round(plan.warmup * total) if share else plan.warmup_steps
+    if warm >= total:
+        given = f"warmup={plan.warmup:g} of them is {warm}" if share else f"warmup_steps={warm}"
+        raise UsageError(f"the run has {total} steps and {given}: the full learning rate would never be reached")
+    return warm
+
+
+def _lr_factor(step: int, total: int, warm: int, plan: Plan) -> float:
+    """Share of the full learning rate at a step: linear warm-up, then constant or half a cosine down to min_lr."""
     if step < warm:
         return (step + 1) / (warm + 1)
     if plan.schedule == "constant":
         return 1.0
-    return (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2
+    floor = plan.min_lr / plan.lr
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2

@@ -208,17 +208,19 @@ def _liveness(handle: Handle, run: _Runner) -> tuple[list[dict[str, Any]], float
 
 def _exempt(handle: Handle) -> dict[str, str]:
     """Names of trained tensors that may have no gradient, and why."""
-    found = {}
+    biases, branches = [], []  # of keys: tensors of the base, and branches that may shift (SSF)
     with contextlib.suppress(LookupError):
         for site in find_sites(handle.model, "attn.k"):
+            branches.append(site.key)
             if site.bias and site.rows is None:
-                for prefix in ("tensors", "base"):
-                    name = f"{prefix}.{tensor_key(site.path, site.bias)}"
-                    found[name] = "exempt: softmax does not see a bias of the keys"
+                biases.append(tensor_key(site.path, site.bias))
         for name, module in handle.model.named_modules():
             if name.rpartition(".")[2] in ("k_norm", "norm_k") and isinstance(module, nn.LayerNorm):
-                found[f"tensors.{tensor_key(name, 'bias')}"] = "exempt: softmax does not see a bias of the keys"
-                found[f"base.{tensor_key(name, 'bias')}"] = "exempt: softmax does not see a bias of the keys"
+                branches.append(tensor_key(name))
+                biases.append(tensor_key(name, "bias"))
+    names = [f"{prefix}.{key}" for key in biases for prefix in ("tensors", "base")]
+    names += [f"branches.{key}.shift" for key in branches]
+    found = dict.fromkeys(names, "exempt: softmax does not see a bias of the keys")
     for key, branch in handle.adapter.branches.items():
         for name, reason in getattr(branch, "exempt", {}).items():
             found[f"branches.{key}.{name}"] = f"exempt: {reason}"

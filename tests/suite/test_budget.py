@@ -323,4 +323,4 @@ def test_description_says_the_parameters_first_and_is_aligned():
     lines = describe(budget(ast(100, num_hidden_layers=2), "lora", head="classifier", train_norms=True))
     assert [line.split()[0] for line in lines] == ["backbone", "adapter", "forward", "step", "memory", "file"]
     assert all(line[9] == " " and line[10] != " " for line in lines)
-    assert lines[1] == "adapter   lora  0.0907 M trained (0.62 %), 0.0507 M without the head"
+    assert lines[1] == "adapter   lora  90,674 trained (0.62 %), 50,688 without the head"

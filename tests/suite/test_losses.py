@@ -1,4 +1,4 @@
-"""The asymmetric loss against its equation in plain loops."""
+"""The losses against their equations in plain loops."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from adaptsuite.losses import asymmetric
+from adaptsuite.errors import DataError
+from adaptsuite.losses import asymmetric, class_weights, logit_adjusted
 
 
 def by_hand(logits, target, gamma_neg, gamma_pos, clip):
@@ -54,3 +55,54 @@ def test_gradient_is_that_of_the_equation():
     logits = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([[1.0, 0, 1], [0, 0, 1]], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: asymmetric(x, target), logits)
+
+
+COUNTS = [50, 3, 0, 7, 1]
+
+
+def test_class_weights_are_inverse_frequencies_with_mean_one_over_the_training_rows():
+    labels = [k for k, n in enumerate(COUNTS) for _ in range(n)]
+    weights = class_weights(COUNTS)
+    assert weights.dtype == torch.float32 and weights.shape == (5,)
+    assert sum(float(weights[k]) for k in labels) / len(labels) == pytest.approx(1, rel=1e-6)
+    for k, n in enumerate(COUNTS):
+        assert float(weights[k]) * max(n, 1) == pytest.approx(61 / 4, rel=1e-6)  # the same for every class
+    assert_close(class_weights(torch.tensor([4, 4])), torch.ones(2))
+
+
+def adjusted_by_hand(logits, target, counts, tau):
+    """arXiv:2007.07314, eq. 10, a sample at a time: log(1 + sum over y' != y of (pi_y' / pi_y)^tau e^(f_y' - f_y))."""
+    prior, total = [max(n, 1) / sum(counts) for n in counts], 0.0
+    for row, y in zip(logits.tolist(), target.tolist(), strict=True):
+        others = [(prior[k] / prior[y]) ** tau * math.exp(row[k] - row[y]) for k in range(len(counts)) if k != y]
+        total += math.log(1 + sum(others))
+    return total / len(target)
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 2.0])
+def test_logit_adjustment_equals_the_equation(tau):
+    torch.manual_seed(0)
+    logits, target = 2 * torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 3, 4, 0, 3])
+    found = F.cross_entropy(logit_adjusted(logits, COUNTS, tau), target)
+    assert_close(float(found), adjusted_by_hand(logits, target, COUNTS, tau), rtol=1e-12, atol=0)
+
+
+def test_gradient_of_the_adjusted_loss_is_that_of_the_equation():
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 3, 4])
+    assert torch.autograd.gradcheck(lambda x: F.cross_entropy(logit_adjusted(x, COUNTS), target), logits)
+
+
+def test_a_class_without_training_rows_gives_finite_losses_also_with_smoothed_labels():
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half().requires_grad_()
+    adjusted, target = logit_adjusted(logits, torch.tensor(COUNTS)), torch.tensor([0, 2, 3])
+    assert adjusted.dtype == torch.float32
+    loss = F.cross_entropy(adjusted, target, weight=class_weights(torch.tensor(COUNTS)), label_smoothing=0.1)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(logits.grad).all() and class_weights(COUNTS).isfinite().all()
+
+
+def test_classes_without_any_row_cannot_be_weighed():
+    for weigh in (class_weights, lambda counts: logit_adjusted(torch.zeros(1, 2), counts)):
+        with pytest.raises(DataError, match="none of them has a training row"):
+            weigh([0, 0])

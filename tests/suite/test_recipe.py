@@ -104,6 +104,13 @@ def test_dotted_keys_reach_every_section_and_names_the_recipe_itself():
     assert BASE == Recipe("audio", method="audio.soft_moa")
 
 
+@pytest.mark.parametrize("text, rates", [("0.3,0.1", (0.3, 0.1)), ("1e-3", (1e-3,)), ("", ())])
+def test_rates_to_choose_from_are_set_as_a_list(text, rates):
+    recipe = with_settings(BASE, [f"lr_grid={text}", "refit=true"], Mixture)
+    assert recipe.lr_grid == rates and recipe.refit is True
+    assert from_dict(tomllib.loads(to_toml(recipe))) == recipe
+
+
 def test_a_method_setting_goes_before_a_field_of_the_recipe_with_its_name():
     recipe = with_settings(BASE, ["notes=3"], {"notes": int})
     assert recipe.method_settings == {"notes": 3} and recipe.notes == ""
@@ -158,6 +165,9 @@ def test_a_section_without_dataclass_takes_what_toml_reads():
         ("plan.seed=true", "expected a whole number"),
         ("data.task=multi", "expected multiclass or multilabel or free"),
         ("seeds=0,x", "expected a list of a whole number"),
+        ("lr_grid=0.1,fast", "--set lr_grid=0.1,fast: expected a list of a finite number"),
+        ("refit=maybe", "expected true or false"),
+        ("plan.lr_grid=0.1", "--set plan.lr_grid: not a setting of plan"),
     ],
 )
 def test_a_wrong_setting_says_what_is_valid(text, message):
@@ -213,6 +223,9 @@ def test_a_file_is_read_with_types_of_the_fields(tmp_path):
         ('cv = "fold"', "cv = 3", "r.toml: data.cv=3: expected a text or none"),
         ('cv = "fold"', 'cvs = "fold"', "r.toml: data.cvs is not a setting; did you mean cv"),
         ("seeds = [0, 1]", "seeds = 0", "r.toml: seeds=0: expected a list"),
+        ("seeds = [0, 1]", "lr_grid = 0.1", "r.toml: lr_grid=0.1: expected a list of a finite number"),
+        ("seeds = [0, 1]", "lr_grids = [0.1]", "r.toml: lr_grids is not a setting; did you mean lr_grid"),
+        ("seeds = [0, 1]", "refit = 1", "r.toml: refit=1: expected true or false"),
         ("seeds = [0, 1]", "plan = 3", "r.toml: "),
         ('domain = "audio"', "", "r.toml: 'domain' is missing"),
         ('domain = "audio"', 'domain = "vision"', "r.toml is a recipe of 'vision', expected 'audio'"),
@@ -315,4 +328,5 @@ def test_the_digest_follows_what_is_computed_and_not_where_the_table_lies():
     same = [replace(BASE, notes="n"), replace(BASE, paper="p"), replace(BASE, data=DataSettings(manifest="/a.csv"))]
     assert {digest(recipe) for recipe in same} == {digest(BASE)}
     other = [changed(text) for text in ("experts=8", "plan.lr=1e-3", "data.cv=fold", "seeds=1", "backbone=b")]
-    assert len({digest(recipe) for recipe in [BASE, *other]}) == 6
+    other += [changed("lr_grid=0.1"), changed("refit=true")]
+    assert len({digest(recipe) for recipe in [BASE, *other]}) == 8

@@ -16,6 +16,11 @@ import pytest
 
 FAST = ["middle", "write", "renamed"]
 SLOW = ["step", "marker", "rename", "prune", "evaluation"]
+VARIANTS = {
+    "ema": {"ema": 0.9},
+    "sgd": {"optimizer": "sgd", "momentum": 0.8, "min_lr": 1e-4, "warmup_steps": 3},
+}
+VARIED = [f"{variant}-{kill}" for variant in VARIANTS for kill in ("unbroken", "middle", "evaluation")]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,16 @@ def test_run_killed_twice_elsewhere_ends_with_the_weights_of_the_unbroken_run(se
     assert_killed_and_mended(sessions("unbroken", "interrupted", "workers", *SLOW), kill)
 
 
+@pytest.mark.parametrize("name", [name for name in VARIED if "unbroken" not in name])
+def test_killed_run_with_an_average_or_with_momentum_ends_with_the_weights_of_the_unbroken_run(sessions, name):
+    done = sessions(*VARIED, "unbroken")
+    variant = name.partition("-")[0]
+    assert_killed_and_mended(done, name, f"{variant}-unbroken")
+    assert (done[f"{variant}-unbroken"][1] / "final.safetensors").read_bytes() != (
+        done["unbroken"][1] / "final.safetensors"
+    ).read_bytes()
+
+
 def test_sigterm_writes_a_checkpoint_and_takes_effect(sessions):
     assert_stopped_and_mended(sessions("unbroken", "terminated", *FAST), "terminated", -signal.SIGTERM)
 
@@ -61,10 +76,10 @@ def test_data_workers_do_not_change_the_weights(sessions):
     assert_same_end(done["workers"][1], done["unbroken"][1])
 
 
-def assert_killed_and_mended(done, name) -> None:
+def assert_killed_and_mended(done, name, unbroken="unbroken") -> None:
     codes, out = done[name]
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
-    assert_same_end(out, done["unbroken"][1])
+    assert_same_end(out, done[unbroken][1])
 
 
 def assert_stopped_and_mended(done, name, code) -> None:
@@ -133,7 +148,7 @@ def half_a_file(_tensors, path) -> None:
     die()
 
 
-def session(out: Path, kill: str, workers: int = 0) -> None:
+def session(out: Path, kill: str, workers: int = 0, variant: str = "") -> None:
     """One run of fit, to its end or to its kill."""
     import safetensors.torch
     import torch
@@ -198,7 +213,8 @@ def session(out: Path, kill: str, workers: int = 0) -> None:
     elif kill in ("terminated", "interrupted"):
         number = signal.SIGTERM if kill == "terminated" else signal.SIGINT
         task.on_loss = after(6, lambda: os.kill(os.getpid(), number))
-    plan = Plan(epochs=4, lr=0.02, batch_size=8, device="cpu", workers=workers, checkpoint_steps=3)
+    settings = VARIANTS.get(variant, {})
+    plan = Plan(epochs=4, lr=0.02, batch_size=8, device="cpu", workers=workers, checkpoint_steps=3, **settings)
     result = fit(model, task, Draws(32), Draws(12), plan, out=out)
     save_file(model.state_dict(), out / "final.safetensors")
     for row in result.history:
@@ -235,9 +251,10 @@ def main(folder: Path, *names: str) -> None:
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).zero_grad()
     codes = {}
     for name in names:
-        kills = {"unbroken": 0, "workers": 0, "terminated": 1, "interrupted": 1}.get(name, 2)
-        codes[name] = [fork(folder / name, name) for _ in range(kills)]
-        codes[name].append(fork(folder / name, "", 2 if name == "workers" else 0))
+        variant, _, kill = name.rpartition("-")
+        kills = {"unbroken": 0, "workers": 0, "terminated": 1, "interrupted": 1}.get(kill, 2)
+        codes[name] = [fork(folder / name, kill, 0, variant) for _ in range(kills)]
+        codes[name].append(fork(folder / name, "", 2 if name == "workers" else 0, variant))
     print(json.dumps(codes))
 
 

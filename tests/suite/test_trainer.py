@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from adaptsuite import attach
+from adaptsuite.average import Average
 from adaptsuite.batches import balanced_weights, chunks, steps_of_epoch
 from adaptsuite.errors import DataError, Diverged, ResourceError, UsageError
-from adaptsuite.trainer import Plan, fit, pick_device, predict_all
+from adaptsuite.testing import HOSTS
+from adaptsuite.trainer import Plan, fit, pick_device, predict_all, rank
 
 
 class Blobs:
@@ -158,6 +161,13 @@ def test_patience_stops_after_so_many_epochs_without_a_better_one():
     assert (result.best_epoch, len(result.history), result.stopped) == (2, 4, "patience")
 
 
+def test_among_equal_epochs_the_lower_log_loss_is_kept():
+    """35 validation rows tie often: the first of equal epochs would be the least trained one."""
+    assert rank({"accuracy": 0.5, "log_loss": 1.0}, "accuracy") < rank({"accuracy": 0.5, "log_loss": 0.8}, "accuracy")
+    assert rank({"accuracy": 0.6, "log_loss": 9.0}, "accuracy") > rank({"accuracy": 0.5, "log_loss": 0.8}, "accuracy")
+    assert rank({}, "accuracy") is None and rank({"accuracy": None}, "accuracy") is None
+
+
 def test_undefined_scores_are_never_the_best():
     result, _ = train(Scripted(0.3, math.nan, 0.2), epochs=3)
     assert result.best_epoch == 1
@@ -216,7 +226,8 @@ class Spy:
     def on_step(self, step, optimizer, handle):
         assert handle is self
         self.groups = [(len(g["params"]), g["weight_decay"], g["base_lr"]) for g in optimizer.param_groups]
-        self.lrs.append(optimizer.param_groups[0]["lr"])
+        self.last_lrs = [g["lr"] for g in optimizer.param_groups]
+        self.lrs.append(self.last_lrs[0])
         grads = [p.grad for g in optimizer.param_groups for p in g["params"]]
         self.norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
 
@@ -246,6 +257,178 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
     handle = Spy(net())
     fit(handle.model, Classify(), Blobs(40), None, plan(warmup=0.2, lr=1.0, schedule="constant"), handle=handle)
     assert handle.lrs == pytest.approx([1 / 3, 2 / 3] + [1.0] * 8)
+
+
+def test_cosine_ends_at_the_same_share_of_every_group_s_rate():
+    handle = Spy(net())
+    settings = plan(epochs=40, warmup=0, lr=1.0, head_lr=0.5, min_lr=0.1)
+    fit(handle.model, Classify(), Blobs(40), None, settings, handle=handle)
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 200)) / 2 for i in range(200)]
+    assert handle.lrs == pytest.approx(expected) and handle.lrs[-1] == pytest.approx(0.1, abs=1e-3)
+    assert handle.last_lrs == pytest.approx([expected[-1], expected[-1] / 2])
+
+
+def test_a_number_of_warm_up_steps_goes_before_the_share():
+    handle = Spy(net())
+    fit(handle.model, Classify(), Blobs(40), None, plan(warmup_steps=3, lr=1.0, schedule="constant"), handle=handle)
+    assert handle.lrs == pytest.approx([1 / 4, 2 / 4, 3 / 4] + [1.0] * 7)
+    handle = Spy(net())
+    fit(handle.model, Classify(), Blobs(40), None, plan(warmup_steps=0, lr=1.0, schedule="constant"), handle=handle)
+    assert handle.lrs == [1.0] * 10
+
+
+@pytest.mark.parametrize(
+    "settings, found", [({"warmup_steps": 6}, "warmup_steps=6"), ({"warmup": 0.99}, "warmup=0.99 of them is 6")]
+)
+def test_a_warm_up_that_takes_all_steps_is_refused_with_the_numbers(settings, found):
+    with pytest.raises(UsageError, match=f"the run has 6 steps and {found}: the full learning rate would never be"):
+        train(**settings)
+
+
+def test_sgd_equals_torch_s_own_loop_to_the_bit():
+    ours, theirs, data = net(), net(), Blobs(24)
+    settings = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.01, "clip": None, "warmup": 0, "schedule": "constant"}
+    fit(ours, Classify(), data, None, plan(optimizer="sgd", epochs=3, **settings))
+    flat, matrices = ([p for p in theirs.parameters() if (p.ndim == 1) == one] for one in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": flat, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.8)
+    for epoch in range(3):
+        for step in steps_of_epoch(24, 8, 1, 0, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(theirs(data.x[step]), data.label[step]).backward()
+            optimizer.step()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_training_until_an_epoch_stands_where_the_longer_run_stood():
+    """Not where a run planned that short would end: the schedule is that of all epochs."""
+    longer, seen, ours, short = net(), [], net(), net()
+    settings = plan(epochs=5, lr=0.1)
+    fit(longer, Classify(), Blobs(24), None, settings, on_epoch=lambda row: seen.append(weights(longer)))
+    result = fit(ours, Classify(), Blobs(24), None, settings, until=2)
+    fit(short, Classify(), Blobs(24), None, plan(epochs=2, lr=0.1))
+    assert same(weights(ours), seen[1]) and not same(weights(short), seen[1])
+    assert (result.best_epoch, len(result.history)) == (2, 2)
+
+
+# ---- the average of the weights
+
+
+class Kept(Spy):
+    """A handle that keeps a copy of everything behind each step, as float64."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        model.requires_grad_(True)
+        self.states = [self.now()]
+
+    def now(self):
+        return {name: t.double() for name, t in self.model.state_dict().items()}
+
+    def trainable(self):
+        named = dict(self.model.named_parameters())
+        return [{"name": "adapter", "params": list(named.values()), "names": list(named)}]
+
+    def state(self):
+        return dict(self.model.state_dict())
+
+    def load_state(self, state):
+        self.model.load_state_dict(state)
+
+    def on_step(self, step, optimizer, handle):
+        self.states.append(self.now())
+
+
+def averaged(states, decay):
+    """The average in float64, a step at a time."""
+    average = states[0]
+    for t, state in enumerate(states[1:]):
+        d = min(decay, (1 + t) / (10 + t))
+        average = {name: d * average[name] + (1 - d) * state[name] for name in average}
+    return average
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("decay", [0.3, 0.999])
+def test_average_equals_a_float64_loop_over_weights_and_statistics(decay, precision):
+    handle = Kept(net(noisy=True))
+    fit(handle.model, Classify(), Blobs(24), None, plan(epochs=4, ema=decay, precision=precision), handle=handle)
+    assert len(handle.states) == 13
+    expected, found = averaged(handle.states, decay), weights(handle.model)
+    counted = found.pop("1.num_batches_tracked")
+    assert counted == 12  # copied
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found["0.weight"].double(), handle.states[-1]["0.weight"])
+
+
+def test_the_average_is_validated_and_kept_while_the_live_weights_train_as_without_it():
+    class Looking(Classify):
+        def __init__(self):
+            self.seen = []
+
+        def predict(self, model, batch):
+            if not self.seen or not same(self.seen[-1], weights(model)):
+                self.seen.append(weights(model))
+            return super().predict(model, batch)
+
+        def score(self, outputs, targets):
+            return {"accuracy": (0.1, 0.9, 0.2)[len(self.seen) - 1]}
+
+    plain, handle, live = net(noisy=True), Kept(net(noisy=True)), []
+    lives: list = []
+    fit(plain, Classify(), Blobs(24), None, plan(epochs=3), on_epoch=lambda row: live.append(weights(plain)))
+    task = Looking()
+    on_epoch = lambda row: lives.append(weights(handle.model))  # noqa: E731
+    result = fit(handle.model, task, Blobs(24), Blobs(12), plan(epochs=3, ema=0.8), handle=handle, on_epoch=on_epoch)
+    assert result.best_epoch == 2 and same(weights(handle.model), task.seen[1])
+    for name, value in averaged(handle.states[:7], 0.8).items():
+        if "tracked" not in name:
+            torch.testing.assert_close(task.seen[1][name].double(), value, rtol=1e-5, atol=1e-6)
+    assert all(same(a, b) for a, b in zip(live, lives, strict=True))
+
+
+def test_a_skipped_step_does_not_move_the_average():
+    handle = Kept(net())
+    fit(handle.model, FailingAt(2, 5), Blobs(24), None, plan(ema=0.9), handle=handle)
+    assert len(handle.states) == 5  # of six steps
+    for name, value in averaged(handle.states, 0.9).items():
+        torch.testing.assert_close(weights(handle.model)[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_that_diverges_before_a_best_epoch_keeps_the_average():
+    handle = Kept(net())
+    with pytest.raises(Diverged, match="the last finite weights are kept"):
+        fit(handle.model, FailingAt(2, 3), Blobs(24), Blobs(12), plan(ema=0.9, max_skips=1), handle=handle)
+    for name, value in averaged(handle.states, 0.9).items():
+        torch.testing.assert_close(weights(handle.model)[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_full_fine_tuning_of_a_half_precision_host_is_averaged_in_float32_and_in_place():
+    tiny = HOSTS["timm_vit"]()
+    handle = attach(tiny.model.bfloat16(), "full")
+    average = Average(handle, 0.999)
+    name = "base.blocks/0/mlp/fc1/weight"
+    start = handle.state()[name].double()
+    for _ in range(40):
+        with torch.no_grad():
+            handle.trained()[name].add_(0.01)
+        average.update()
+    live = handle.state()[name].clone()
+    assert average.state()[name].dtype == torch.float32 and average.steps == 40
+    with average.in_place():
+        inside = tiny.model.blocks[0].mlp.fc1.weight
+        assert torch.equal(inside, average.state()[name].bfloat16()) and not torch.equal(inside, live)
+        assert ((inside.double() - start).mean() > 0.05).all()  # 1 - d is far below bfloat16's resolution
+    assert torch.equal(handle.state()[name], live)
+
+
+def test_what_is_not_finite_at_the_start_is_copied_and_constants_stay():
+    model = net()
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    model.register_buffer("third", torch.tensor(1 / 3))
+    fit(model, Classify(), Blobs(24), None, plan(epochs=4, ema=0.99))
+    assert model.mask.tolist() == [0.0, -math.inf] and torch.equal(model.third, torch.tensor(1 / 3))
 
 
 def test_regulariser_is_part_of_the_loss():
@@ -569,6 +752,17 @@ def test_absent_gpu_is_a_resource_error():
         ({"lr": "fast"}, "lr='fast': expected"),
         ({"lr": None}, "lr=None: expected"),
         ({"warmup": 1.0}, "warmup=1.0: expected a share"),
+        ({"warmup_steps": -1}, "warmup_steps=-1: expected a whole number from 0"),
+        ({"warmup_steps": 0.5}, "warmup_steps=0.5: expected a whole number"),
+        ({"optimizer": "adam"}, "optimizer='adam' is not known; did you mean adamw"),
+        ({"momentum": 1.0}, r"momentum=1.0: expected a number in \[0, 1\)"),
+        ({"min_lr": -1e-5}, "min_lr=-1e-05: expected a number from 0"),
+        ({"min_lr": 0.1, "lr": 0.01}, "min_lr=0.1 is above lr=0.01"),
+        ({"min_lr": 1e-5, "schedule": "constant"}, "min_lr=1e-05 is where a cosine ends, the schedule is constant"),
+        ({"ema": 1.0}, r"ema=1.0: expected a number in \(0, 1\)"),
+        ({"ema": True}, "ema=True: expected"),
+        ({"layer_decay": 0.0}, r"layer_decay=0.0: expected a number in \(0, 1\]"),
+        ({"layer_decay": 1.1}, "layer_decay=1.1: expected"),
         ({"betas": (0.9,)}, "betas=.* expected two numbers"),
         ({"schedule": "cosinus"}, "schedule='cosinus' is not known; did you mean cosine"),
         ({"device": "gpu"}, "device='gpu' is not known"),
@@ -580,7 +774,8 @@ def test_plan_that_cannot_be_is_refused(settings, message):
 
 
 def test_plan_accepts_what_may_be_left_out():
-    Plan(head_lr=None, clip=None, patience=None, monitor=None, checkpoint_steps=None)
+    Plan(head_lr=None, clip=None, patience=None, monitor=None, checkpoint_steps=None, ema=None, warmup_steps=None)
+    Plan(lr=0.1, min_lr=0.1, momentum=0.0, layer_decay=1.0, warmup_steps=0)
 
 
 def test_run_with_other_settings_or_data_is_refused(tmp_path):
@@ -592,6 +787,8 @@ def test_run_with_other_settings_or_data_is_refused(tmp_path):
         fit(net(), Classify(), Blobs(25), Blobs(12), plan(), out=tmp_path)
     with pytest.raises(UsageError, match="validation data"):
         fit(net(), Classify(), Blobs(24), None, plan(), out=tmp_path)
+    with pytest.raises(UsageError, match="was made with last epoch=2, this run has 1"):
+        fit(net(), Classify(), Blobs(24), Blobs(12), plan(), out=tmp_path, until=1)
     with pytest.raises(UsageError, match="trained tensors"):
         fit(net(noisy=True), Classify(), Blobs(24), Blobs(12), plan(), out=tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -665,10 +862,12 @@ def test_accelerate_launch_that_starts_one_of_two_processes_is_an_error(tmp_path
 def test_two_processes_train_as_one_does(tmp_path):
     done = launch("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29631", out=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    one, history = script(None, 0)
+    one, history, average = script(None, 0)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert same(first["weights"], second["weights"])
     assert_near(first["weights"], one)
+    assert same(first["average"], second["average"]) and not same(first["average"], first["weights"])
+    assert_near(first["average"], average)
     assert first["outputs"].shape == (13, 3)  # an odd number of rows: none doubled, none lost
     for ours, theirs in zip(first["history"], history, strict=True):
         assert ours["val"] == theirs["val"]
@@ -694,26 +893,17 @@ def script(out, rank):
             assert targets.tolist() == Blobs(13).label.tolist()
             return super().score(outputs, targets)
 
-    model, task = net(), Looking()
+    model, second, task = net(), net(), Looking()
     if rank:
         nn.init.zeros_(model[0].weight)  # another start on this process: the first one's counts
+        nn.init.zeros_(second[0].weight)
     result = fit(model, task, Blobs(28), Blobs(13), plan(epochs=3), out=out and out / "run")
+    fit(second, task, Blobs(28), Blobs(13), plan(epochs=3, ema=0.9), out=out and out / "average")
     if out:
         state = {"weights": weights(model), "outputs": torch.from_numpy(task.outputs), "history": result.history}
-        torch.save(state, out / f"{rank}.pt")
-    return weights(model), result.history
+        torch.save({**state, "average": weights(second)}, out / f"{rank}.pt")
+    return weights(model), result.history, weights(second)
 
 
 if __name__ == "__main__":
     script(Path(sys.argv[1]), int(os.environ.get("RANK", 0)))
-
-
-def test_among_equal_epochs_the_lower_log_loss_is_kept():
-    """35 validation rows tie often: the first of equal epochs would be the least trained one."""
-    from adaptsuite.trainer import _Run
-
-    run = object.__new__(_Run)
-    run.monitor = "accuracy"
-    assert run._rank({"accuracy": 0.5, "log_loss": 1.0}) < run._rank({"accuracy": 0.5, "log_loss": 0.8})
-    assert run._rank({"accuracy": 0.6, "log_loss": 9.0}) > run._rank({"accuracy": 0.5, "log_loss": 0.8})
-    assert run._rank({}) is None and run._rank({"accuracy": None}) is None
