@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptsuite.bottleneck import Insert, InsertBranch
+from adaptsuite.bottleneck import BottleneckBranch, Insert, InsertBranch
+from adaptsuite.convpass import start_as_identity
 from adaptsuite.errors import UsageError
 from adaptsuite.method import register
 
@@ -109,33 +110,22 @@ class ConformerBranch(InsertBranch):
         return F.linear(h, c.up[0], c.up_bias[0]).unflatten(1, tokens.shape[1:-1])
 
 
-class ConvpassBranch(InsertBranch):
+class ConvpassBranch(BottleneckBranch):
     """up(q(conv(q(down(x))))), q(x) = x sigmoid(1.702 x). The convolution starts as the identity; in the reference its
     output is never used."""
 
     def __init__(self, dim: int, bottleneck: int, dim_out: int, kernel: int):
-        super().__init__()
-        self.down = nn.Linear(dim, bottleneck)
+        super().__init__(dim, bottleneck, dim_out, "quick_gelu")
         self.conv = nn.Conv1d(bottleneck, bottleneck, kernel)
-        self.up = nn.Linear(bottleneck, dim_out)
-        with torch.no_grad():
-            self.conv.weight.zero_()
-            self.conv.weight[:, :, (kernel - 1) // 2] = torch.eye(bottleneck)
-            self.conv.bias.zero_()
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        start_as_identity(self.conv)
 
-    def adapt(self, tokens: Tensor, context) -> Tensor:
-        sequence = tokens.flatten(1, -2)
-        h, mask = _quick_gelu(self.down(sequence)), token_mask(context, sequence)
+    def between(self, h: Tensor, context) -> Tensor:
+        sequence = h.flatten(1, -2)
+        mask = token_mask(context, sequence)
         if mask is not None:
-            h = h * mask[..., None]
-        h = self.conv(_same(h.transpose(1, 2), self.conv.kernel_size[0])).transpose(1, 2)
-        return self.up(_quick_gelu(h)).unflatten(1, tokens.shape[1:-1])
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+            sequence = sequence * mask[..., None]
+        sequence = self.conv(_same(sequence.transpose(1, 2), self.conv.kernel_size[0])).transpose(1, 2)
+        return self.activate(sequence).unflatten(1, h.shape[1:-1])
 
 
 def _same(x: Tensor, kernel: int) -> Tensor:

@@ -1,13 +1,23 @@
-"""Bottleneck adapter (Houlsby et al. 2019, arXiv:1902.00751, section 2; parallel form He et al., arXiv:2110.04366)."""
+"""Bottleneck adapters (Houlsby et al. 2019, arXiv:1902.00751, section 2; parallel form He et al., arXiv:2110.04366).
 
+The vision methods of this kind are Bottleneck with other defaults: parallel_adapter, adaptformer, adapter_plus.
+"""
+
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.errors import UsageError
 from adaptsuite.method import Method, Placement, register
 from adaptsuite.sites import Site
+
+Activation = Literal["gelu", "quick_gelu", "relu"]
+Scale = float | Literal["learned", "channel"]
+Start = Literal["zero", "xavier", "houlsby"]
 
 
 @dataclass(frozen=True)
@@ -74,23 +84,123 @@ class InsertBranch(nn.Module):
 @register("bottleneck")
 @dataclass(frozen=True)
 class Bottleneck(Insert):
-    """Down, GELU, up: one adapter at each site, beside it or behind it."""
+    """Down, activation, up: one adapter at each site, beside it or behind it."""
+
+    activation: Activation = "gelu"
+    scale: Scale = 1.0  # of A; learned: one trained factor, channel: one per feature
+    start: Start = "zero"  # of `up`; else of both projections: xavier, or N(0, .01) cut at two deviations (Houlsby)
+    dropout: float = 0.0  # of the hidden features
+
+    def check(self) -> None:
+        super().check()
+        self.expect_one_of("activation", get_args(Activation))
+        self.expect_one_of("start", get_args(Start))
+        self.expect("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        number = not isinstance(self.scale, str) and math.isfinite(self.scale) and self.scale != 0
+        self.expect("scale", number or self.scale in ("learned", "channel"), "a number but 0, learned or channel")
+
+    @property
+    def identity_at_start(self) -> bool:
+        return super().identity_at_start and self.start == "zero"
 
     def branch(self, dim: int, dim_out: int) -> InsertBranch:
-        return BottleneckBranch(dim, self.bottleneck, dim_out)
+        return BottleneckBranch(dim, self.bottleneck, dim_out, self.activation, self.scale, self.start, self.dropout)
+
+
+@register("parallel_adapter")
+@dataclass(frozen=True)
+class ParallelAdapter(Bottleneck):
+    """Beside attention and MLP: the intra-block adapter of arXiv:2409.11051, whose code has start="xavier"."""
+
+    bottleneck: int = 8
+    sites: tuple[str, ...] = ("attn", "mlp")
+
+
+@register("adaptformer")
+@dataclass(frozen=True)
+class AdaptFormer(Bottleneck):
+    """Beside the MLP, with ReLU and a scale of .1 (Chen et al. 2022, arXiv:2205.13535).
+
+    It reads what the MLP reads, LN(x'), as the paper's equation has it; in the released code it reads x' itself. The
+    dropout is the code's.
+    """
+
+    activation: Activation = "relu"
+    scale: Scale = 0.1
+    dropout: float = 0.1
+
+
+@register("adapter_plus")
+@dataclass(frozen=True)
+class AdapterPlus(Bottleneck):
+    """Behind the whole block, skip included, with one scale per feature (Steitz and Roth 2024, arXiv:2406.06820).
+
+    y + s * A(y) of the block's output y. Both projections start small and not at zero: the start is near the backbone
+    and not equal to it, unless start="zero". The authors also drop whole adapters at random (.1), we do not.
+    """
+
+    bottleneck: int = 8
+    placement: Placement = "sequential"
+    sites: tuple[str, ...] = ("block",)
+    scale: Scale = "channel"
+    start: Start = "houlsby"
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), which differs from GELU by .02 at most."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "relu": F.relu}
 
 
 class BottleneckBranch(InsertBranch):
-    """up(gelu(down(.))). Only `up` starts at zero; with `down` zero as well, as in the PETL-AST code, the pair would be
-    a dead point: neither could ever get a gradient.
+    """scale * up(dropout(activation(down(.)))). At the start only `up` is zero; with `down` zero as well, as in the
+    PETL-AST code, the pair would be a dead point: neither could ever get a gradient.
     """
 
-    def __init__(self, dim: int, bottleneck: int, dim_out: int):
+    def __init__(
+        self,
+        dim: int,
+        bottleneck: int,
+        dim_out: int,
+        activation: Activation = "gelu",
+        scale: Scale = 1.0,
+        start: Start = "zero",
+        dropout: float = 0.0,
+    ):
         super().__init__()
+        self.activation, self.dropout = activation, dropout
         self.down = nn.Linear(dim, bottleneck)
         self.up = nn.Linear(bottleneck, dim_out)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        if isinstance(scale, str):
+            self.scale = nn.Parameter(torch.ones(1 if scale == "learned" else dim_out))
+        else:
+            self.scale = None if scale == 1 else scale
+        if start == "zero":
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+        else:
+            for layer in (self.down, self.up):
+                initialise(layer, start)
 
     def adapt(self, tokens: Tensor, context) -> Tensor:
-        return self.up(F.gelu(self.down(tokens)))
+        h = self.between(self.activate(self.down(tokens)), context)
+        h = F.dropout(h, self.dropout, self.training) if self.dropout else h
+        z = self.up(h)
+        return z if self.scale is None else z * self.scale
+
+    def activate(self, h: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](h)
+
+    def between(self, h: Tensor, context) -> Tensor:
+        """What a subclass does to the hidden features (B, ..., R)."""
+        return h
+
+
+def initialise(layer: nn.Linear | nn.Conv2d, start: Start) -> None:
+    nn.init.zeros_(layer.bias)
+    if start == "xavier":
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)

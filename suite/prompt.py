@@ -25,24 +25,37 @@ class Prompt(Method):
     tokens: int = 25
     deep: bool = True  # new prompts in each block; False: those of the first block travel on
     replace_dist: bool = False  # AST's code: prompts stand in place of DIST, whose place then gets their mean
+    dropout: float = 0.0  # of the prompts' values
     sites: tuple[str, ...] = ("block",)
 
     identity_at_start = False
     mergeable = "prompts are tokens, no weight of the backbone can hold them"
 
     def check(self) -> None:
-        if self.tokens < 1:
-            raise UsageError(f"prompt: tokens is {self.tokens}, it must be at least 1")
+        self.expect("tokens", self.tokens >= 1, "at least 1")
+        self.expect("dropout", 0 <= self.dropout < 1, "in [0, 1)")
 
     def shared(self, sites: list[Site]) -> nn.Module:
         return Prompts(sites, self.tokens, self.deep)
 
     def build(self, site: Site, shared: "Prompts") -> nn.Module:
         if site.role != "block":
-            raise UsageError(f"prompt: prompts enter whole blocks, {site.role!r} is none; leave sites at block")
+            raise UsageError(f"{self.name}: prompts enter whole blocks, {site.role!r} is none; leave sites at block")
         if self.replace_dist and site.prefix_tokens < 2:
-            raise UsageError("prompt: replace_dist needs a DIST token behind CLS, this backbone has none")
-        return PromptBranch(site, shared, self.replace_dist)
+            raise UsageError(f"{self.name}: replace_dist needs a DIST token behind CLS, this backbone has none")
+        return PromptBranch(site, shared, self.replace_dist, self.dropout)
+
+
+@register("vpt")
+@dataclass(frozen=True)
+class Vpt(Prompt):
+    """Visual prompt tuning as its authors ran it: VPT-deep; deep=False, dropout=0 is VPT-shallow.
+
+    The paper chooses among 1, 5, 10, 50, 100 and 200 tokens on validation data.
+    """
+
+    tokens: int = 50
+    dropout: float = 0.1
 
 
 class Prompts(nn.Module):
@@ -65,11 +78,11 @@ class Prompts(nn.Module):
 class PromptBranch(nn.Module):
     """Prompts of one block: they enter with its input, and leave its output where they end."""
 
-    def __init__(self, site: Site, shared: Prompts, replace_dist: bool):
+    def __init__(self, site: Site, shared: Prompts, replace_dist: bool, dropout: float = 0.0):
         super().__init__()
         self.__dict__["shared"] = shared  # the adapter owns it, once
         self.key, self.at, self.replaced = site.key, min(site.prefix_tokens, 1), int(replace_dist)
-        self.batch_first = site.batch_first
+        self.batch_first, self.dropout = site.batch_first, dropout
 
     @property
     def more(self) -> int:
@@ -89,6 +102,7 @@ class PromptBranch(nn.Module):
             own -= self.more
         else:
             prompts = table.to(x.dtype).expand(len(x), -1, -1)
+            prompts = F.dropout(prompts, self.dropout, self.training) if self.dropout else prompts
             x = torch.cat([x[:, : self.at], prompts, x[:, self.at + self.replaced :]], 1)
         for key, value in given.arguments.items():
             given.arguments[key] = self._lengthened(key, value, own)

@@ -59,6 +59,33 @@ def test_deep_prompts_start_anew_in_every_block(ast):
     assert shapes == [patches, patches]
 
 
+def test_vpt_is_a_prompt_with_its_authors_settings():
+    """Own prompts for each block, of which a tenth of the values is dropped, for each sample anew, in training."""
+    host, twin = HOSTS["timm_vit"](), HOSTS["timm_vit"]()
+    torch.manual_seed(0)
+    handle = attach(host.model, "vpt", tokens=40)
+    assert [tuple(t.shape) for t in handle.adapter.shared.tables.values()] == [(40, 32)] * 2
+    seen = []
+    host.model.blocks[1].norm1.register_forward_hook(lambda m, args, out: seen.append(args[0][:, 1:41]))
+    table = handle.adapter.shared.tables["blocks/1"].detach()
+    for training in (False, True):
+        host.model.train(training)
+        host.forward()
+    assert torch.equal(seen[0], table.expand(2, -1, -1))
+    kept = seen[1] != 0
+    torch.testing.assert_close(seen[1][kept], (table / 0.9).expand(2, -1, -1)[kept])
+    assert 0.05 < 1 - float(kept.float().mean()) < 0.15 and not torch.equal(kept[0], kept[1])
+    attach(twin.model, "prompt", tokens=40).load_state(handle.state())
+    host.model.eval()
+    with torch.no_grad():
+        assert torch.equal(host.forward(), twin.forward())
+
+
+def test_vpt_shallow_has_one_set_of_prompts():
+    handle = attach(HOSTS["timm_vit"]().model, "vpt", tokens=3, deep=False, dropout=0.0)
+    assert handle.parameters_count()["trained"] == 3 * 32
+
+
 def padded(host):
     """A batch whose second row is half padding, and that row alone."""
     ids = host.kwargs["input_ids"]
@@ -183,6 +210,9 @@ def test_eager_attention_is_refused_with_what_to_do():
         ("prompt", {"tokens": 0}, "tokens is 0"),
         ("prompt", {"sites": "attn"}, "prompts enter whole blocks"),
         ("prefix", {"sites": "attn"}, "whole blocks"),
+        ("vpt", {"tokens": 0}, "vpt: tokens is 0, it must be at least 1"),
+        ("vpt", {"dropout": 1.0}, "vpt: dropout is 1.0"),
+        ("vpt", {"sites": "attn"}, "vpt: prompts enter whole blocks"),
         ("prompt", {"replace_dist": True}, "needs a DIST token"),
     ],
 )
