@@ -1,4 +1,4 @@
-"""`adapt audio`: the common verbs, for sounds; `predict` also finds events, `stats` and `export` are audio's own."""
+"""`adapt audio`: the common verbs, for sounds; `predict` also finds events, `stats` is audio's own."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +35,7 @@ app = domain_app(
     "audio",
     "Classify sounds with Audio Spectrogram Transformers and adapters.",
     ("--frames", FRAMES, "Input length in frames of 10 ms; by default the longest clip, at most 1024."),
+    exports="hf (for transformers), torch, onnx or peft.",
     own=("predict",),
 )
 
@@ -127,23 +128,6 @@ def stats(
     console = Console(as_json)
     lines, found = dataset_statistics(DOMAIN, read_recipe(DOMAIN, options))
     console.say(*lines)
-    console.result(found)
-
-
-@app.command()
-def export(
-    adapter: AdapterFolder,
-    format: Annotated[str, typer.Option("--format", help="hf (for transformers), torch, onnx or peft.")],
-    out: Annotated[str, typer.Option("--out", help="Folder for hf and peft, NAME.pt2 for torch, NAME.onnx.")],
-    as_json: Json = False,
-) -> None:
-    """Write an adapter as a model that other tools load, after comparing the two."""
-    from adaptsuite.audio.export import describe
-    from adaptsuite.audio.export import export as write
-
-    console = Console(as_json)
-    found = write(adapter_folder(adapter), format, out)
-    console.say(*describe(found))
     console.result(found)
 
 

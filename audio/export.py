@@ -5,7 +5,6 @@ hf: a folder for transformers.  torch, onnx: one file, wave in, logits out, the 
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import adaptsuite
-from adaptsuite.atomic import check_target, write_folder
+from adaptsuite import export as exports
+from adaptsuite.atomic import write_folder
 from adaptsuite.audio.heads import HfHead
 from adaptsuite.audio.inputs import AstInput
 from adaptsuite.audio.pipeline import DOMAIN, AudioModel
-from adaptsuite.errors import UsageError, nearest
-from adaptsuite.experiment import restore
-from adaptsuite.export import agree, needs_onnx, write_onnx, write_peft, write_torch
-from adaptsuite.host import Handle
-from adaptsuite.recipe import Recipe
-
-SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}  # the other formats are folders
-
-
-@dataclass(frozen=True)
-class Job:
-    """A restored adapter on its way into another format."""
-
-    handle: Handle
-    recipe: Recipe
-    labels: list[str]
-    record: Any
-    out: Path
-
-    @property
-    def model(self) -> AudioModel:
-        return self.handle.model
+from adaptsuite.errors import UsageError
+from adaptsuite.export import Job, Writer, agree, write_onnx, write_peft, write_torch
 
 
 def export(folder: str | Path, format: str, out: str | Path) -> dict[str, Any]:
-    """{"export": path, "format", "max_difference", "bytes", "labels", "notes"}; `out` is a file for torch and onnx.
-
-    Raises UsageError with the reason for what a format cannot hold, Inexact where the written model says something
-    else than the adapter; nothing is then written.
-    """
-    if format not in FORMATS:
-        raise UsageError(f"--format {format!r} is not known; {nearest(format, FORMATS)}")
-    out, suffix = Path(out), SUFFIX.get(format)
-    if suffix and (out.suffix != suffix or out.is_dir()):
-        raise UsageError(f"--out {out}: --format {format} writes a file, name it NAME{suffix}")
-    if not suffix:
-        check_target(out)
-    if format == "onnx":
-        needs_onnx()
-    handle, recipe, labels, record = restore(DOMAIN, folder)
-    gap, notes = FORMATS[format](Job(handle, recipe, labels, record, out))
-    files = [out] if suffix else [p for p in out.rglob("*") if p.is_file()]
-    return {
-        "export": str(out),
-        "format": format,
-        "max_difference": gap,
-        "bytes": sum(p.stat().st_size for p in files),
-        "labels": labels,
-        "notes": notes,
-    }
-
-
-def describe(found: dict[str, Any]) -> list[str]:
-    """The result of `export`, one fact per line."""
-    return [
-        f"export   {found['export']}  ({found['format']}, {found['bytes'] / 1e6:.2f} MB)",
-        f"labels   {len(found['labels'])}: {', '.join(found['labels'])}",
-        f"differs  by at most {found['max_difference']:.1e} from the adapter",
-        *(f"note     {note}" for note in found["notes"]),
-    ]
+    """Writes an audio adapter as one of FORMATS, as `adaptsuite.export.export` says."""
+    return exports.export(DOMAIN, FORMATS, folder, format, out)
 
 
 # ---- wave in, logits out
@@ -94,43 +40,18 @@ class Classifier(nn.Module):
         return self.model(wave, length)
 
 
-def _graph(write: Callable[..., float]):
-    """torch and onnx: merged where the method can be, else with the adapter's branches in the graph."""
-
+def _graph(write: Callable[..., float]) -> Writer:
     def run(job: Job) -> tuple[float, list[str]]:
-        graph = Classifier(job.model).eval()
+        front, samples = job.model.front_end, job.model.num_samples
         inputs = dict(zip(("wave", "length"), DOMAIN.sample(job.model, 3), strict=True))
-        with torch.no_grad():
-            expected = graph(**inputs)
-        if job.handle.method.mergeable is True:
-            job.handle.bake()
-        gap = write(job.out, graph, inputs, expected, metadata(job))
-        front = job.model.front_end
-        shape = f"wave (B, {job.model.num_samples}) float32 at {front.sample_rate_hz} Hz, length (B,) int64 in samples"
-        activation = metadata(job)["activation"]
-        return gap, [f"inputs {shape}; output logits (B, {len(job.labels)}), whose {activation} are probabilities"]
+        facts = exports.metadata(job, sample_rate_hz=front.sample_rate_hz, num_samples=samples)
+        gap = exports.write_graph(job, write, Classifier(job.model), inputs, facts)
+        shape = f"wave (B, {samples}) float32 at {front.sample_rate_hz} Hz, length (B,) int64 in samples"
+        return gap, [
+            f"inputs {shape}; output logits (B, {len(job.labels)}), whose {facts['activation']} are probabilities"
+        ]
 
     return run
-
-
-def metadata(job: Job) -> dict[str, Any]:
-    """What a user of the file must know beside its tensors; a threshold is of probabilities, None: the best wins."""
-    multilabel = job.recipe.data.task == "multilabel"
-    threshold = job.record.threshold
-    return {
-        "adaptsuite": adaptsuite.__version__,
-        "method": job.recipe.method,
-        "base": job.record.base["fingerprint"],
-        "recipe_hash": job.record.recipe_hash,
-        "task": job.recipe.data.task,
-        "labels": job.labels,
-        "sample_rate_hz": job.model.front_end.sample_rate_hz,
-        "num_samples": job.model.num_samples,
-        "output": "logits",
-        "activation": "sigmoid" if multilabel else "softmax",
-        "threshold": 0.5 if threshold is None and multilabel else threshold,
-        "temperature": job.record.temperature,
-    }
 
 
 # ---- transformers
@@ -229,7 +150,7 @@ def _peft(job: Job) -> tuple[float, list[str]]:
     return gap, notes
 
 
-FORMATS: dict[str, Callable[[Job], tuple[float, list[str]]]] = {
+FORMATS: dict[str, Writer] = {
     "hf": _hf,
     "torch": _graph(write_torch),
     "onnx": _graph(write_onnx),

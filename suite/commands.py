@@ -1,4 +1,5 @@
-"""The verbs that every domain has: info, check, budget, train, evaluate, predict, embed, report, doctor.
+"""The verbs that every domain has: info, check, budget, doctor, train, evaluate, predict, embed, report, demo,
+export.
 
 `domain_app("audio", ...)` makes a typer application of them. Options mean the same in all domains. Human lines go to
 stdout, or to stderr under --json, where stdout holds one JSON object.
@@ -80,10 +81,13 @@ def _plain(value: Any):
     return str(value)
 
 
-def domain_app(name: str, help: str, size: tuple[str, str, str], own: Collection[str] = ()) -> typer.Typer:
+def domain_app(
+    name: str, help: str, size: tuple[str, str, str], exports: str, own: Collection[str] = ()
+) -> typer.Typer:
     """The verbs of one domain. size: (option, dotted recipe field, help) of the input's size, as `--frames`.
 
-    own: verbs that the domain adds itself because they do more there; `predict` can be one.
+    exports: the formats that its `export` knows, for help.  own: verbs that the domain adds itself because they do more
+    there; `predict` can be one.
     """
     app = typer.Typer(name=name, help=help, no_args_is_help=True, pretty_exceptions_enable=False)
     Size = Annotated[int | None, typer.Option(size[0], help=size[2])]
@@ -306,6 +310,27 @@ def domain_app(name: str, help: str, size: tuple[str, str, str], own: Collection
         console.say(f"report  {found['report']}")
         console.result(found)
 
+    @app.command()
+    def demo(out: Annotated[str, typer.Option("--out", help="Folder of the reports.")] = "runs/demo") -> None:
+        """Adapt the embedded backbone to generated data: no network, no files of yours, about a minute."""
+        importlib.import_module(f"adaptsuite.{name}.demo").run(out)
+
+    @app.command()
+    def export(
+        adapter: AdapterFolder,
+        format: Annotated[str, typer.Option("--format", help=exports)],
+        out: Annotated[str, typer.Option("--out", help="Folder, or NAME.pt2 for torch and NAME.onnx.")],
+        as_json: Json = False,
+    ) -> None:
+        """Write an adapter as a model that other tools load, after comparing the two."""
+        from adaptsuite.export import describe
+
+        console = Console(as_json)
+        write = importlib.import_module(f"adaptsuite.{name}.export").export
+        found = write(adapter_folder(adapter), format, out)
+        console.say(*describe(found))
+        console.result(found)
+
     return app
 
 
@@ -345,6 +370,8 @@ def read_recipe(domain, options: dict[str, Any]):
         "method": options.get("method"),
         "seeds": None if options.get("seed") is None else (options["seed"],),
     }
+    if values["method"] not in (None, recipe.method):
+        values["method_settings"] = {}  # those of the recipe are its own method's
     recipe = _changed(recipe, values)
     data = {"manifest": options.get("data"), **{k: options.get(k) for k in ("test", "val", "cv")}}
     data["skip_bad"] = options.get("skip_bad") or None
@@ -352,6 +379,8 @@ def read_recipe(domain, options: dict[str, Any]):
     plan = {k: options.get(k) for k in ("epochs", "lr", "batch_size", "device")}
     plan = {k: v for k, v in plan.items() if v is not None}
     recipe = _changed(recipe, {"plan": {**recipe.plan, **plan}})
+    if "lr" in plan:  # one rate: there is nothing to choose from
+        recipe = _changed(recipe, {"lr_grid": ()})
     (section, _, field), value = options["size"][0].partition("."), options["size"][1]
     if value is not None:
         recipe = _changed(recipe, {section: {**getattr(recipe, section), field: value}})

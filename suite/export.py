@@ -1,4 +1,4 @@
-"""Adapted models in the formats of other tools: torch.export, ONNX, peft.
+"""Adapted models in the formats of other tools: torch.export, ONNX, peft, and what a domain adds.
 
 Every writer reads back what it wrote and compares it with `expected`, what the adapter itself said, before anything
 appears under its name; it returns the largest difference and raises Inexact where that is above LARGEST.
@@ -8,20 +8,114 @@ import io
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptsuite.atomic import write_file
-from adaptsuite.errors import Inexact, UsageError
+from adaptsuite import __version__
+from adaptsuite.atomic import check_target, write_file
+from adaptsuite.errors import Inexact, UsageError, nearest
+from adaptsuite.experiment import Domain, restore
 from adaptsuite.host import Handle, attach
 from adaptsuite.peft_bridge import from_peft, to_peft
+from adaptsuite.recipe import Recipe
 
 LARGEST = 1e-4
 METADATA = "adaptsuite.json"  # among the extra files of a torch.export archive
+SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}  # the other formats are folders
+
+
+@dataclass(frozen=True)
+class Job:
+    """A restored adapter on its way into another format."""
+
+    handle: Handle
+    recipe: Recipe
+    labels: list[str]
+    record: Any
+    out: Path
+
+    @property
+    def model(self) -> Any:
+        return self.handle.model
+
+
+Writer = Callable[[Job], tuple[float, list[str]]]  # largest difference, notes
+
+
+def export(
+    domain: Domain, formats: Mapping[str, Writer], folder: str | Path, format: str, out: str | Path
+) -> dict[str, Any]:
+    """{"export": path, "format", "max_difference", "bytes", "labels", "notes"}; `out` is a file for torch and onnx.
+
+    Raises UsageError with the reason for what a format cannot hold, Inexact where the written model says something
+    else than the adapter; nothing is then written.
+    """
+    if format not in formats:
+        raise UsageError(f"--format {format!r} is not known; {nearest(format, formats)}")
+    out, suffix = Path(out), SUFFIX.get(format)
+    if suffix and (out.suffix != suffix or out.is_dir()):
+        raise UsageError(f"--out {out}: --format {format} writes a file, name it NAME{suffix}")
+    if not suffix:
+        check_target(out)
+    if format == "onnx":
+        needs_onnx()
+    handle, recipe, labels, record = restore(domain, folder)
+    gap, notes = formats[format](Job(handle, recipe, labels, record, out))
+    files = [out] if suffix else [p for p in out.rglob("*") if p.is_file()]
+    return {
+        "export": str(out),
+        "format": format,
+        "max_difference": gap,
+        "bytes": sum(p.stat().st_size for p in files),
+        "labels": labels,
+        "notes": notes,
+    }
+
+
+def describe(found: dict[str, Any]) -> list[str]:
+    """The result of `export`, one fact per line."""
+    return [
+        f"export   {found['export']}  ({found['format']}, {found['bytes'] / 1e6:.2f} MB)",
+        f"labels   {len(found['labels'])}: {', '.join(found['labels'])}",
+        f"differs  by at most {found['max_difference']:.1e} from the adapter",
+        *(f"note     {note}" for note in found["notes"]),
+    ]
+
+
+def metadata(job: Job, **of_input: Any) -> dict[str, Any]:
+    """What a user of the file must know beside its tensors; a threshold is of probabilities, None: the best wins."""
+    multilabel = job.recipe.data.task == "multilabel"
+    threshold = job.record.threshold
+    return {
+        "adaptsuite": __version__,
+        "method": job.recipe.method,
+        "base": job.record.base["fingerprint"],
+        "recipe_hash": job.record.recipe_hash,
+        "task": job.recipe.data.task,
+        "labels": job.labels,
+        **of_input,
+        "output": "logits",
+        "activation": "sigmoid" if multilabel else "softmax",
+        "threshold": 0.5 if threshold is None and multilabel else threshold,
+        "temperature": job.record.temperature,
+    }
+
+
+def write_graph(
+    job: Job, write: Callable[..., float], graph: nn.Module, inputs: dict[str, Tensor], facts: dict[str, Any]
+) -> float:
+    """By write_torch or write_onnx: merged where the method can be, else with the adapter's branches in the graph."""
+    graph.eval()
+    with torch.no_grad():
+        expected = graph(**inputs)
+    if job.handle.method.mergeable is True:
+        job.handle.bake()
+    return write(job.out, graph, inputs, expected, facts)
 
 
 def agree(what: str, found: Tensor, expected: Tensor) -> float:

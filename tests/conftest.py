@@ -1,6 +1,7 @@
 """Lets plain `pytest` import adaptsuite from a bare clone, and counts what was skipped for want of real data."""
 
 import importlib.util
+import json
 import os
 import sys
 import tomllib
@@ -47,6 +48,22 @@ def data_dir():
         return DATA / name
 
     return folder
+
+
+@pytest.fixture
+def adapt(request, capsys):
+    """`adapt(verb, ..., code=0)` runs `adapt DOMAIN verb ...` here, the domain being the test's folder: (stdout, or its
+    JSON under --json; stderr)."""
+    from adaptsuite.cli import main
+
+    def run(*arguments, code=0):
+        capsys.readouterr()  # what was said before
+        found = main([request.path.parent.name, *map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert found == code, err
+        return json.loads(out) if "--json" in arguments and not code else out, err
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter):
