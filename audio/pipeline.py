@@ -291,7 +291,7 @@ class AudioDomain:
             "input": f"{model.num_samples / model.front_end.sample_rate_hz:.2f} s",
         }
 
-    def extra(self, handle: Handle, dataset: Windows) -> list[dict[str, Any]]:
+    def extra(self, handle: Handle, dataset: Windows, outputs: np.ndarray | None) -> list[dict[str, Any]]:
         """The routers of mixtures, with pictures."""
         from adaptsuite.audio.pictures import routers
 

@@ -86,8 +86,8 @@ class Domain(Protocol):
     def describe(self, model: nn.Module) -> dict[str, Any]:
         """What `info` says of the model's input, as JSON can hold it: an adapter keeps it as its preprocessing."""
 
-    def extra(self, handle: Handle, dataset) -> list[dict[str, Any]]:
-        """Sections of the report that only this domain has."""
+    def extra(self, handle: Handle, dataset, outputs: np.ndarray | None) -> list[dict[str, Any]]:
+        """Sections of the report that only this domain has. outputs: (rows, K) scores of the rows, where there are."""
 
 
 @dataclass
@@ -259,8 +259,8 @@ def train_one(
             **({"lr_grid": choice.table} if choice.table else {}),
         )
     seconds = time.perf_counter() - start
-    shown = next(rows for rows in (fold.test, fold.val, fold.train) if len(rows))
-    extra = domain.extra(handle, datasets.part(handle.model, shown))
+    shown = next(part for part in ("test", "val", "train") if len(getattr(fold, part)))
+    extra = domain.extra(handle, datasets.part(handle.model, getattr(fold, shown)), outputs.get("test"))
     adapted, params = _adapted(recipe, handle), handle.parameters_count()
     return Outcome(fold, seed, adapter, adapted, outputs, params, choice.fit, seconds, choice.table, notes, extra=extra)
 
@@ -698,7 +698,7 @@ def report_adapter(
         metrics=scored.result["metrics"],
         predictions=_predictions(subset, scored.labels, scored.outputs),
         warnings=scored.result["warnings"],
-        extra=domain.extra(scored.handle, scored.dataset),
+        extra=domain.extra(scored.handle, scored.dataset, scored.outputs),
         seeds=recipe.seeds,
         seconds=scored.result["seconds"],
     )

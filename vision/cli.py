@@ -39,7 +39,7 @@ app = domain_app(
 def inspect(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ADAPTER] [FILE]...", help="With --backbone only files, with --data no files."),
+        typer.Argument(metavar="ADAPTER FILE", help="With --backbone only files, with --data no files."),
     ] = None,
     data: Data = None,
     test: Test = None,

@@ -167,7 +167,9 @@ class VisionDomain:
     def model(self, recipe: Recipe, classes: Sequence[str]) -> VisionModel:
         given = {k: v for k, v in recipe.front_end.items() if k != "tta" and v is not None}
         backbone, front = load(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **given)
-        return VisionModel(backbone, front, len(classes), HeadSettings(**recipe.head)).eval()
+        model = VisionModel(backbone, front, len(classes), HeadSettings(**recipe.head)).eval()
+        model.classes = tuple(classes)  # for pictures of the report
+        return model
 
     def decided(self, recipe: Recipe, model: VisionModel) -> Recipe:
         """With the backbone's own preprocessing and pool, so that an adapter does not depend on what they become."""
@@ -211,8 +213,11 @@ class VisionDomain:
         front = asdict(model.front_end)
         return {"input": f"{front['size'][1]} x {front['size'][0]} pixels", "front_end": front}
 
-    def extra(self, handle: Handle, dataset: Images) -> list[dict[str, Any]]:
-        return []
+    def extra(self, handle: Handle, dataset: Images, outputs: np.ndarray | None) -> list[dict[str, Any]]:
+        """What the model looks at, what it confuses, and how alike its blocks attend."""
+        from adaptsuite.vision.sections import sections
+
+        return sections(handle, dataset, outputs)
 
 
 DOMAIN = VisionDomain()

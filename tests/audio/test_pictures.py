@@ -35,7 +35,7 @@ def test_mixtures_get_their_sections_and_others_none(tmp_path, method, drawn):
     handle = adapt(DOMAIN, recipe, ["a", "b"])
     paths = sorted(table.parent.rglob("*.wav")) or sorted(table.parent.rglob("*.flac"))
     dataset = Windows(paths, None, 16000, handle.model.num_samples)
-    sections = DOMAIN.extra(handle, dataset)
+    sections = DOMAIN.extra(handle, dataset, None)
     if drawn is None:
         assert sections == []
         return
