@@ -14,6 +14,7 @@ import numpy as np
 from adaptsuite.errors import UsageError, nearest
 
 BINS = 15  # of the calibration error
+TOP = 5  # of top-5 accuracy
 WORK = 2e8  # weights touched by one metric's bootstrap before it makes do with fewer resamples
 LEAST = 100  # resamples
 
@@ -37,6 +38,18 @@ class Scored:
     def hit(self) -> np.ndarray:
         """(N,) float64: 1 where the row is right, all its labels for multilabel."""
         return (self.predicted == self.truth).all(1).astype(float)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Metrics that say something here: among a handful of classes most are the true one or near it."""
+        few = self.truth.shape[1] <= 2 * TOP
+        return [name for name in METRICS[self.task] if not (few and name == f"top{TOP}_accuracy")]
+
+    @cached_property
+    def near(self) -> np.ndarray:
+        """(N,) float64: 1 where the true class is among the TOP most probable; of equals the first ones are."""
+        first = np.argsort(-self.probabilities, 1, kind="stable")[:, :TOP]
+        return np.take_along_axis(self.truth, first, 1).any(1).astype(float)
 
     @cached_property
     def losses(self) -> np.ndarray:
@@ -83,6 +96,10 @@ class Scored:
 
 def _accuracy(scored, weights):
     return weights @ scored.hit / weights.sum(1)
+
+
+def _top_accuracy(scored, weights):
+    return weights @ scored.near / weights.sum(1)
 
 
 def _balanced_accuracy(scored, weights):
@@ -165,6 +182,7 @@ def _nanmean(per_class):
 METRICS: dict[str, dict[str, Callable]] = {
     "multiclass": {
         "accuracy": _accuracy,
+        f"top{TOP}_accuracy": _top_accuracy,
         "balanced_accuracy": _balanced_accuracy,
         "macro_f1": _macro_f1,
         "auroc": _auroc,
@@ -244,7 +262,7 @@ def score(outputs, targets, task: str = "multiclass", probabilities: bool | None
     A metric that the targets do not define (`auroc` of one class) is not in the result.
     """
     scored = prepare(outputs, targets, task, probabilities)
-    result = {name: value for name in METRICS[task] if (value := _value(scored, name)) is not None}
+    result = {name: value for name in scored.names if (value := _value(scored, name)) is not None}
     absent = int((~scored.truth.any(0)).sum())
     return {**result, "absent_classes": float(absent)} if absent else result
 
@@ -271,10 +289,10 @@ def evaluate(
     """
     scored = prepare(outputs, targets, task, probabilities)
     codes = _codes(groups, len(scored.truth))
-    drawn = _resample(scored, codes, list(METRICS[task]), repeats, seed)
+    drawn = _resample(scored, codes, scored.names, repeats, seed)
     absent = [str(classes[i] if classes else i) for i in np.flatnonzero(~scored.truth.any(0))]
     result = {}
-    for name in METRICS[task]:
+    for name in scored.names:
         value, interval, notes = _value(scored, name), _interval(drawn.get(name)), []
         if value is None:
             interval, notes = None, ["not defined: no class is in some rows and not in others"]

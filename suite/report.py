@@ -32,6 +32,7 @@ WORDS = {
     "auroc": "AUROC",
     "f1": "F1",
     "ece": "calibration error (ECE)",
+    "top5_accuracy": "top-5 accuracy",
     "macro_f1": "macro F1",
     "map": "mean average precision",
     "macs": "MACs",

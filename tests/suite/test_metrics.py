@@ -310,3 +310,14 @@ def test_large_tables_make_do_with_fewer_resamples_and_say_so(monkeypatch):
         result = evaluate(logits, targets)
     assert result["auroc"]["note"] == "interval from 150 resamples"
     assert result["accuracy"]["note"] == "interval from 750 resamples"
+
+
+def test_top_five_accuracy_equals_scikit_learn_s_and_stands_only_beside_many_classes():
+    logits, probabilities, targets = multiclass(classes=30)
+    expected = sk.top_k_accuracy_score(targets, probabilities, k=5, labels=range(30))
+    assert score(logits, targets)["top5_accuracy"] == pytest.approx(expected)
+    found = evaluate(logits, targets, np.arange(200) // 2)["top5_accuracy"]
+    assert found["ci"][0] < found["value"] < found["ci"][1]
+    for few in (multiclass(classes=10)[::2], multilabel(classes=30)[::2]):
+        task = "multilabel" if few[1].ndim == 2 else "multiclass"
+        assert "top5_accuracy" not in score(*few, task) and "top5_accuracy" not in evaluate(*few, task=task)
