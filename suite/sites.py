@@ -385,7 +385,7 @@ def _blocks(model: nn.Module) -> list[_Block]:
         if type(module) in kinds:  # Hiera and MViT change the width in some blocks
             raise LookupError(
                 f"{path} ({type(module).__name__}) has not the parts or widths of the other blocks of its kind: "
-                f"{_family(model)} is not covered"
+                "networks of such blocks are not covered"
             )
     return found
 

@@ -157,20 +157,25 @@ def _kept(handle: Handle) -> Iterator[None]:
     held = handle.adapter.tensors
     base = [p for n, p in handle.model.named_parameters() if is_base(n) and tensor_key(n) not in held]
     kept = [(p, p.detach().clone(), p.grad) for p in trained.values()]
-    # an all-zero norm or layer scale of an untrained base lets nothing through: not the adapter's fault
-    zero = [p for p in base if p.numel() and not p.any() and not any(p is t for t in trained.values())]
+    # an untrained base's norm or layer scale of 0 or 1e-5 lets next to nothing through: not the adapter's fault
+    zero = [(p, p.detach().clone()) for p in base if _closed(p) and not any(p is t for t in trained.values())]
     with torch.no_grad():
-        for p in zero:
+        for p, _ in zero:
             p.fill_(0.1)
     try:
         yield
     finally:
         with torch.no_grad():
-            for p in zero:
-                p.zero_()
+            for p, value in zero:
+                p.copy_(value)
             for p, value, grad in kept:
                 p.copy_(value)
                 p.grad = grad
+
+
+def _closed(p: Tensor) -> bool:
+    """Whether all values are one that is nearly zero."""
+    return bool(p.numel()) and bool((p == p.flatten()[0]).all()) and bool(p.abs().max() <= 1e-3)
 
 
 def _perturb(handle: Handle, seed: int) -> None:

@@ -430,7 +430,7 @@ def test_a_model_that_is_half_understood_is_refused():
     from timm.models.hiera import Hiera
 
     model = Hiera(img_size=(64, 64), embed_dim=16, num_heads=1, stages=(1, 1, 1, 1))
-    with pytest.raises(LookupError, match=r"blocks\.1 \(HieraBlock\) .* timm.Hiera is not covered"):
+    with pytest.raises(LookupError, match=r"blocks\.1 \(HieraBlock\) .* networks of such blocks are not covered"):
         find_sites(model, "attn")
 
 

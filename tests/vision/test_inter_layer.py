@@ -239,7 +239,7 @@ def test_beit_refuses_that_tokens_are_joined_and_stays_as_it_was():
 
 def test_hiera_is_refused_in_one_line():
     model = timm.create_model("hiera_tiny_224", num_classes=0)
-    with pytest.raises(LookupError, match="Hiera is not covered"):
+    with pytest.raises(LookupError, match="HieraBlock.*networks of such blocks are not covered"):
         attach(model, "vision.ila")
 
 

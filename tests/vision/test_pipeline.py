@@ -130,3 +130,12 @@ def test_non_square_inputs_train():
     assert image.shape == (2, 3, 96, 128)
     handle.model(image)
     assert handle.bank.final_grid("backbone") == (2, 4)
+
+
+def test_a_layer_scale_that_was_never_trained_does_not_make_an_adapter_look_dead():
+    """DINOv3 starts its layer scales at 1e-5: what prefix tokens say to patches is then below every bound."""
+    recipe = settled("front_end.size=96", backbone="timm:vit_small_patch16_dinov3", method="vision.ila")
+    handle = adapt(DOMAIN, recipe, ["a", "b"])
+    before = {k: v.clone() for k, v in handle.model.state_dict().items()}
+    assert verify(handle, DOMAIN.sample(handle.model), fresh=True).ok
+    assert all(torch.equal(v, before[k]) for k, v in handle.model.state_dict().items())
