@@ -1,16 +1,14 @@
 """Audio transformers by name, for clips of any length: AST, wav2vec 2.0 and its kin, Whisper, CLAP."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.resources import files
 from typing import Any
 
 import torch
 from torch import nn
 
 from adaptsuite.audio.inputs import FAMILIES, AstInput, ClapInput, FrontEnd, Input, WaveInput
-from adaptsuite.backbones import bind, load_backbone, parse_backbone
+from adaptsuite.backbones import bind, load_backbone, parse_backbone, shipped
 from adaptsuite.errors import UsageError, nearest
 
 ALIASES = {
@@ -92,12 +90,7 @@ def embedded(name: str, random_weights: bool = False) -> nn.Module:
     from safetensors.torch import load as read
     from transformers import ASTConfig, ASTModel
 
-    weights = files("adaptsuite.audio") / "weights" / f"{name}.safetensors"
-    if not weights.is_file():
-        shipped = [p.name.removesuffix(".safetensors") for p in (files("adaptsuite.audio") / "weights").iterdir()]
-        raise UsageError(f"embedded:{name} is unknown; {nearest(name, [n for n in shipped if n.startswith('audio-')])}")
-    data = weights.read_bytes()
-    record = embedded_record(data)
+    data, record = shipped("audio", name)
     model = ASTModel(ASTConfig(**record["config"]))
     if random_weights:
         initialise_tokens(model)
@@ -107,13 +100,6 @@ def embedded(name: str, random_weights: bool = False) -> nn.Module:
     model.adaptsuite_front_end = record["front_end"]
     model.adaptsuite_pool = EMBEDDED_POOL
     return model
-
-
-def embedded_record(data: bytes) -> dict[str, dict]:
-    """{"config": ASTConfig arguments, "front_end": FrontEnd fields} of a shipped safetensors file."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    return {key: json.loads(metadata[key]) for key in ("config", "front_end")}
 
 
 def _stock(name: str, architecture: dict, seed: int) -> nn.Module:

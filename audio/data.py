@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptsuite.errors import DataError
+from adaptsuite.memory import Memory
 
 FORMATS = {  # by suffix, in libsndfile's words
     ".wav": ("WAV", "WAVEX", "RF64", "W64"),
@@ -29,7 +30,6 @@ HEADER_SLOP = 64  # bytes: some programs count headers as sound
 UNKNOWN_LENGTH = 0x7FFFF000  # what programs write that pipe a wav: from here on, all that follows is sound
 FULL_SCALE, CLIPPED_SHARE = 0.9999, 1e-3  # a file is clipped when more than this share of it is at full scale
 LOUDEST = 1e6  # of a float file, some of which count in 16 bits: what is beyond is no sound
-CACHE_BYTES = 2 << 30  # decoded clips kept in memory; beyond it files are read again
 MOST_KERNEL = 1 << 24  # values of a resampling filter, which are many for two rates without a common divisor
 BLOCK = 1 << 20  # samples of all channels that are decoded at a time
 
@@ -191,18 +191,6 @@ def window_starts(seconds: float, window_s: float) -> list[float]:
     return [min(i * window_s, seconds - window_s) for i in range(count)]
 
 
-class Cache(dict):
-    """Decoded clips, up to CACHE_BYTES; what is beyond is read again each time."""
-
-    bytes = 0
-
-    def keep(self, key: Any, wave: Tensor) -> bool:
-        """Whether it is kept."""
-        if key not in self and self.bytes + wave.nbytes <= CACHE_BYTES:
-            self[key], self.bytes = wave, self.bytes + wave.nbytes
-        return key in self
-
-
 class Windows:
     """Map-style dataset: every window of every row, {"wave": (N,), "length", "label", "item"}.
 
@@ -216,7 +204,7 @@ class Windows:
         targets: np.ndarray | None,
         rate_hz: int,
         num_samples: int,
-        cache: Cache | None = None,
+        memory: Memory | None = None,
     ):
         self.paths, self.rate_hz, self.num_samples = list(paths), rate_hz, num_samples
         self.clips = [inspect(path) for path in self.paths]
@@ -228,7 +216,7 @@ class Windows:
         ]
         self.rows = np.array([row for row, _ in self.items])
         self.starts = np.array([start for _, start in self.items])  # seconds
-        self._cache = Cache() if cache is None else cache  # shared by the parts and folds of one run
+        self._memory = Memory() if memory is None else memory  # shared by the parts and folds of one run
 
     @property
     def item_targets(self) -> np.ndarray | None:
@@ -238,7 +226,7 @@ class Windows:
     def load(self) -> None:
         """Reads into memory as much as fits: what is damaged there is found now. Raises DataError."""
         for index in range(len(self)):
-            if not self._cache.keep(self._key(index), self._wave(index)):
+            if not self._memory.keep(self._key(index), self._wave(index)):
                 return
 
     def remarks(self) -> list[str]:
@@ -246,7 +234,7 @@ class Windows:
         found = rate_remarks(self.clips, self.rate_hz)
         silent, clipped, ends = [], [], np.searchsorted(self.rows, np.arange(len(self.clips) + 1))
         for clip, first, last in zip(self.clips, ends, ends[1:], strict=False):
-            waves = [self._cache.get(self._key(i)) for i in range(first, last)]
+            waves = [self._memory.get(self._key(i)) for i in range(first, last)]
             if any(wave is None for wave in waves):
                 continue
             sound = torch.cat(waves)
@@ -254,7 +242,7 @@ class Windows:
                 silent.append(clip.path.name)
             elif (sound.abs() >= FULL_SCALE).float().mean() > CLIPPED_SHARE:
                 clipped.append(clip.path.name)
-        if away := sum(self._key(i) not in self._cache for i in range(len(self))):
+        if away := sum(self._key(i) not in self._memory for i in range(len(self))):
             found.append(
                 f"{away} of {len(self)} clips do not fit into memory and are read each time: "
                 "a damaged one stops the run at its turn, unless `check` or --skip-bad found it before"
@@ -278,12 +266,12 @@ class Windows:
         return self.paths[row], start, self.num_samples, self.rate_hz
 
     def _wave(self, index: int) -> Tensor:
-        wave = self._cache.get(self._key(index))
+        wave = self._memory.get(self._key(index))
         if wave is None:
             row, start = self.items[index]
             wave = read(self.paths[row], self.rate_hz, start, self.num_samples / self.rate_hz)[: self.num_samples]
             if self.targets is not None:  # what has none is read once: keeping it would only fill the memory
-                self._cache.keep(self._key(index), wave)
+                self._memory.keep(self._key(index), wave)
         return wave
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.audio.backbones import load
-from adaptsuite.audio.data import CACHE_BYTES, SUFFIXES, Cache, Clip, Windows, inspect, rate_remarks, survey
+from adaptsuite.audio.data import SUFFIXES, Clip, Windows, inspect, rate_remarks, survey
 from adaptsuite.audio.features import Fbank, add_noise, gain, roll, spec_augment
 from adaptsuite.audio.heads import HfHead, LinearHead, PrototypeHead, pooled
 from adaptsuite.audio.inputs import AstInput, FrontEnd, Input
@@ -20,6 +20,7 @@ from adaptsuite.bank import BANK, Context
 from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle
 from adaptsuite.losses import asymmetric
+from adaptsuite.memory import Memory
 from adaptsuite.metrics import score
 from adaptsuite.recipe import Recipe
 
@@ -208,7 +209,7 @@ class AudioDomain:
     longest_frames = 1024  # what AST was pretrained on; longer clips are read as several windows
 
     def __init__(self):
-        self.cache = Cache()
+        self.memory = Memory()
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """audio.md section 2: widths and sites; rates that trained well on small sets."""
@@ -251,7 +252,7 @@ class AudioDomain:
         return replace(recipe, head={**recipe.head, "pool": "+".join(model.head.pool)})
 
     def dataset(self, model: AudioModel, paths: Sequence[Path], targets: np.ndarray | None) -> Windows:
-        return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.cache)
+        return Windows(paths, targets, model.front_end.sample_rate_hz, model.num_samples, self.memory)
 
     def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> AudioTask:
         augment, loss = AugmentSettings(**recipe.augment), recipe.head.get("loss", "auto")
@@ -271,8 +272,8 @@ class AudioDomain:
 
     def prepare(self, model: AudioModel, paths: Sequence[Path]) -> list[str]:
         """Decodes what fits into memory, so that training and scoring do not stop at a damaged file halfway."""
-        if self.cache.bytes > CACHE_BYTES / 2:  # of earlier runs in this process
-            self.cache = Cache()
+        if self.memory.crowded:
+            self.memory = Memory()
         dataset = self.dataset(model, paths, None)
         dataset.load()
         return [*dataset.remarks(), *model.input.remarks]

@@ -7,6 +7,7 @@ adapters to the values the source stores.
 
 import importlib
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,18 @@ def _torchaudio(name: str, random_weights: bool, options: dict[str, Any]) -> nn.
         return torchaudio.models.wav2vec2_model(**params) if hasattr(bundle, "_params") else bundle.get_model()
     with _hub(f"torchaudio:{name}"):
         return bundle.get_model(**options)
+
+
+def shipped(domain: str, name: str) -> tuple[bytes, dict[str, Any]]:
+    """(safetensors, what its metadata says) of a backbone that ships with a domain. Raises UsageError for another."""
+    folder = files(f"adaptsuite.{domain}") / "weights"
+    if not (weights := folder / f"{name}.safetensors").is_file():
+        names = [p.name.removesuffix(".safetensors") for p in folder.iterdir() if p.name.endswith(".safetensors")]
+        raise UsageError(f"embedded:{name} is unknown; {nearest(name, names)}")
+    data = weights.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    said = json.loads(data[8 : 8 + length])["__metadata__"]
+    return data, {key: json.loads(value) for key, value in said.items() if value.startswith("{")}
 
 
 def _embedded(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:

@@ -50,7 +50,7 @@ class KAdaptation(Method):
         num = len({site.block for site in find_sites(model, self.sites)})
         self.expect("select", self.select <= num, f"at most {num}, the number of blocks")
         plan = replace(plan, epochs=min(plan.epochs, self.select_epochs))
-        say(f"select    {self.select} of {num} blocks by local intrinsic dimension, in trainings of {plan.epochs} epochs")
+        say(f"select    {self.select} of {num} blocks by local intrinsic dimension, trainings of {plan.epochs} epochs")
         table = local_intrinsic_dimension(model, task, train, val, plan, sites=self.sites)
         for row in table:
             found = "none that is enough" if row["dimension"] is None else row["dimension"]

@@ -9,33 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptsuite.memory import Memory
 from adaptsuite.vision.inputs import FrontEnd
 from adaptsuite.vision.transforms import Picture, inspect, remarks, resized
-
-CACHE_BYTES = 2 << 30  # resized pictures kept in memory; beyond it files are read again
-
-
-class Cache(dict):
-    """Resized pictures, up to CACHE_BYTES; what is beyond is read again each time."""
-
-    bytes = 0
-
-    def keep(self, key: Any, image: Tensor) -> bool:
-        """Whether it is kept."""
-        if key not in self and self.bytes + image.nbytes <= CACHE_BYTES:
-            self[key], self.bytes = image, self.bytes + image.nbytes
-        return key in self
 
 
 class Images:
     """Map-style dataset: {"image": (3, h, w) uint8 before the crop, "label", "item"}."""
 
     def __init__(
-        self, paths: Sequence[Path], targets: np.ndarray | None, front_end: FrontEnd, cache: Cache | None = None
+        self, paths: Sequence[Path], targets: np.ndarray | None, front_end: FrontEnd, memory: Memory | None = None
     ):
         self.paths, self.front_end = list(paths), front_end
         self.targets = None if targets is None else torch.as_tensor(targets)
-        self._cache = Cache() if cache is None else cache  # shared by the parts and folds of one run
+        self._memory = Memory() if memory is None else memory  # shared by the parts and folds of one run
 
     @property
     def item_targets(self) -> np.ndarray | None:
@@ -45,7 +32,7 @@ class Images:
     def load(self) -> None:
         """Reads into memory as much as fits: what is damaged there is found now. Raises DataError."""
         for path in self.paths:
-            if not self._cache.keep(self._key(path), self.image(path)):
+            if not self._memory.keep(self._key(path), self.image(path)):
                 return
 
     def remarks(self) -> list[str]:
@@ -53,11 +40,11 @@ class Images:
         found: dict[str, list[str]] = {}
         seen = [inspect(path) for path in self.paths]
         for picture in seen:
-            image = self._cache.get(self._key(picture.path))
+            image = self._memory.get(self._key(picture.path))
             for remark in remarks(picture, image is not None and bool((image == image.flatten()[0]).all())):
                 found.setdefault(remark, []).append(picture.path.name)
         said = []
-        if away := sum(self._key(path) not in self._cache for path in self.paths):
+        if away := sum(self._key(path) not in self._memory for path in self.paths):
             said.append(
                 f"{away} of {len(self)} pictures do not fit into memory and are read each time: "
                 "a damaged one stops the run at its turn, unless `check` or --skip-bad found it before"
@@ -68,7 +55,7 @@ class Images:
         return [*said, *size_remarks(seen, self.front_end)]
 
     def image(self, path: Path) -> Tensor:
-        image = self._cache.get(self._key(path))
+        image = self._memory.get(self._key(path))
         return resized(path, self.front_end) if image is None else image
 
     def _key(self, path: Path) -> tuple:
@@ -82,7 +69,7 @@ class Images:
         image = self.image(self.paths[index])
         if self.targets is None:  # what has none is read once: keeping it would only fill the memory
             return {"image": image, "item": index}
-        self._cache.keep(self._key(self.paths[index]), image)
+        self._memory.keep(self._key(self.paths[index]), image)
         return {"image": image, "item": index, "label": self.targets[index]}
 
     def mean_by_row(self, outputs: np.ndarray) -> np.ndarray:

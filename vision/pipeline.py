@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle
 from adaptsuite.losses import class_weights, logit_adjusted
+from adaptsuite.memory import Memory
 from adaptsuite.metrics import score
 from adaptsuite.recipe import Recipe
 from adaptsuite.vision.backbones import load
-from adaptsuite.vision.data import CACHE_BYTES, Cache, Images, size_remarks
+from adaptsuite.vision.data import Images, size_remarks
 from adaptsuite.vision.heads import LayersHead, LinearHead
 from adaptsuite.vision.inputs import Fit, FrontEnd, Interpolation
 from adaptsuite.vision.transforms import SUFFIXES, Augment, Picture, augment, inspect, mix, survey, views
@@ -151,7 +152,7 @@ class VisionDomain:
     )
 
     def __init__(self):
-        self.cache = Cache()
+        self.memory = Memory()
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """Rates that trained well on few pictures; the patch embedding's bias is one of BitFit's (102,912 on ViT-B)."""
@@ -179,7 +180,7 @@ class VisionDomain:
         return replace(recipe, head={**recipe.head, "pool": "+".join(model.head.pool)})
 
     def dataset(self, model: VisionModel, paths: Sequence[Path], targets: np.ndarray | None) -> Images:
-        return Images(paths, targets, model.front_end, self.cache)
+        return Images(paths, targets, model.front_end, self.memory)
 
     def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> VisionTask:
         settings, tta = HeadSettings(**recipe.head), recipe.front_end.get("tta", "none")
@@ -195,8 +196,8 @@ class VisionDomain:
 
     def prepare(self, model: VisionModel, paths: Sequence[Path]) -> list[str]:
         """Decodes what fits into memory, so that training and scoring do not stop at a damaged file halfway."""
-        if self.cache.bytes > CACHE_BYTES / 2:  # of earlier runs in this process
-            self.cache = Cache()
+        if self.memory.crowded:
+            self.memory = Memory()
         dataset = self.dataset(model, paths, np.zeros(len(paths), dtype=np.int64))
         dataset.load()
         return dataset.remarks()

@@ -9,6 +9,7 @@ import soundfile
 
 from adaptsuite.audio import data as audio_data
 from adaptsuite.cli import main
+from adaptsuite.memory import Memory
 
 RATE = 16000
 BACKBONE = ("--backbone", "embedded:audio-tiny", "--method", "linear", "--frames", "50")
@@ -196,16 +197,15 @@ def test_a_day_of_sound_is_looked_at_by_its_header(tmp_path):
     assert len(dataset) == 8640 and dataset[8639]["length"] == 10 * RATE
 
 
-def test_memory_for_decoded_clips_is_bounded_and_nothing_is_lost(tmp_path, monkeypatch):
+def test_memory_for_decoded_clips_is_bounded_and_nothing_is_lost(tmp_path):
     good(tmp_path)
     paths = [tmp_path / f"{i}.wav" for i in range(12)]
-    monkeypatch.setattr(audio_data, "CACHE_BYTES", 5 * 6400 * 4)
-    cache = audio_data.Cache()
-    dataset = audio_data.Windows(paths, None, RATE, RATE, cache)
+    memory = Memory(5 * 6400 * 4)
+    dataset = audio_data.Windows(paths, None, RATE, RATE, memory)
     dataset.load()
-    assert len(cache) == 5 and cache.bytes == 5 * 6400 * 4
+    assert len(memory) == 5 and memory.bytes == 5 * 6400 * 4
     assert dataset.remarks()[0].startswith("7 of 12 clips do not fit into memory")
     for i in (0, 11):
         expected = audio_data.read(paths[i], RATE)
         assert (dataset[i]["wave"][:6400] == expected).all()
-    assert len(cache) == 5
+    assert len(memory) == 5

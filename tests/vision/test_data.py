@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from adaptsuite.batches import seed_all
-from adaptsuite.vision import data as vision_data
+from adaptsuite.memory import Memory
 from adaptsuite.vision.data import Images
 from adaptsuite.vision.inputs import FrontEnd
 from adaptsuite.vision.transforms import Augment, augment, crop, fitted, mix, views
@@ -109,24 +109,23 @@ def files(tmp_path):
     return paths
 
 
-def test_memory_for_resized_pictures_is_bounded_and_nothing_is_lost(files, monkeypatch):
+def test_memory_for_resized_pictures_is_bounded_and_nothing_is_lost(files):
     front = FrontEnd(size=(16, 16))
-    monkeypatch.setattr(vision_data, "CACHE_BYTES", 4 * 3 * 16 * 16)
-    dataset = Images(files, np.zeros(6, dtype=np.int64), front, cache := vision_data.Cache())
+    dataset = Images(files, np.zeros(6, dtype=np.int64), front, memory := Memory(4 * 3 * 16 * 16))
     dataset.load()
-    assert len(cache) == 4 and cache.bytes == 4 * 3 * 16 * 16
+    assert len(memory) == 4 and memory.bytes == 4 * 3 * 16 * 16
     assert dataset.remarks()[0].startswith("2 of 6 pictures do not fit into memory")
     assert torch.equal(dataset[5]["image"], fitted(Image.open(files[5]), front))
 
 
 def test_a_cache_is_shared_only_by_what_is_resized_alike(files):
-    cache = vision_data.Cache()
-    one = Images(files, np.zeros(6, dtype=np.int64), FrontEnd(size=(16, 16)), cache)
-    other = Images(files, np.zeros(6, dtype=np.int64), FrontEnd(size=(16, 16), fit="squash"), cache)
-    assert not torch.equal(one[5]["image"], other[5]["image"]) and len(cache) == 2
+    memory = Memory()
+    one = Images(files, np.zeros(6, dtype=np.int64), FrontEnd(size=(16, 16)), memory)
+    other = Images(files, np.zeros(6, dtype=np.int64), FrontEnd(size=(16, 16), fit="squash"), memory)
+    assert not torch.equal(one[5]["image"], other[5]["image"]) and len(memory) == 2
     assert one[5]["image"] is one[5]["image"] and one[5]["label"] == 0
 
 
 def test_pictures_without_targets_are_not_kept(files):
-    dataset = Images(files, None, FrontEnd(size=(16, 16)), cache := vision_data.Cache())
-    assert "label" not in dataset[0] and not cache and dataset.item_targets is None
+    dataset = Images(files, None, FrontEnd(size=(16, 16)), memory := Memory())
+    assert "label" not in dataset[0] and not memory and dataset.item_targets is None
