@@ -62,7 +62,10 @@ def test_every_public_name_is_there_and_the_package_alone_imports_no_torch():
     assert python(code) == "False\nTrue\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["audio", "--help"], ["audio", "train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["audio", "--help"], ["audio", "train", "--help"], ["vision", "inspect", "--help"]],
+)
 def test_help_and_version_import_nothing_heavy(arguments):
     code = f"""
 from adaptsuite.cli import main
