@@ -189,19 +189,14 @@ def _perturb(handle: Handle, seed: int) -> None:
 
 
 def _liveness(handle: Handle, run: _Runner) -> tuple[list[dict[str, Any]], float]:
-    trained = handle.trained()
-    for p in trained.values():
-        p.grad = None
-    with torch.enable_grad():
-        loss = run.read_out()
-        if loss.requires_grad:
-            loss.backward()
-    size = {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in trained.items()}
+    trained, exempt = handle.trained(), _exempt(handle)
+    size = _gradients(trained, run)
     largest = max(size.values(), default=0.0)
-    exempt = _exempt(handle)
+    small = [n for n in trained if 0 < size[n] <= ALIVE * largest and n not in exempt]
+    moving = _alive_in_double(handle, run, small) if small else set()
     rows = []
     for name, p in trained.items():
-        state = "alive" if size[name] > ALIVE * largest else exempt.get(name, "dead")
+        state = "alive" if size[name] > ALIVE * largest or name in moving else exempt.get(name, "dead")
         if state == "dead" and name.startswith(("tensors.", "base.")) and not _base_uses(run, handle, name):
             state = "exempt: the model never uses it"
         relative = size[name] / largest if largest else 0.0
@@ -209,6 +204,29 @@ def _liveness(handle: Handle, run: _Runner) -> tuple[list[dict[str, Any]], float
             {"name": name, "kind": handle.kind(name), "values": p.numel(), "gradient": relative, "state": state}
         )
     return rows, largest
+
+
+def _gradients(trained: dict[str, nn.Parameter], run: _Runner) -> dict[str, float]:
+    """The largest value in the gradient of each tensor."""
+    for p in trained.values():
+        p.grad = None
+    with torch.enable_grad():
+        loss = run.read_out()
+        if loss.requires_grad:
+            loss.backward()
+    return {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in trained.items()}
+
+
+def _alive_in_double(handle: Handle, run: _Runner, names: list[str]) -> set[str]:
+    """Those whose gradient is small, as that of a factor among several small ones, and not rounding noise: it is there
+    in float64 as well. Looked at on a copy, in the few cases where there is a doubt."""
+    twin = copy.deepcopy(handle.model).double()
+    try:
+        with _arguments(twin, lambda v: v.double() if v.is_floating_point() else v):
+            size = _gradients(get_handle(twin, handle.name).trained(), _Runner(twin, run.forward, run.seed))
+    except (RuntimeError, TypeError):  # a model that mixes precisions by itself
+        return set()
+    return {n for n in names if size[n] > 1e-6 * ALIVE * max(size.values())}
 
 
 def _exempt(handle: Handle) -> dict[str, str]:
@@ -374,7 +392,7 @@ def _merges(handle: Handle, host, build) -> str | None:
 def _ignores_batch_order(handle: Handle, host, build) -> None:
     _perturb(handle, seed=1)
     plain = _output(handle, host)
-    with _flipped_batch(handle.model):
+    with _arguments(handle.model, lambda v: v.flip(0)):
         flipped = _output(handle, host)
     gap = _difference([plain], [flipped.flip(0)])
     assert gap <= AGREE, f"the order of the batch matters: {gap:.1e}"
@@ -415,14 +433,14 @@ def _can_pickle(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _flipped_batch(model: nn.Module) -> Iterator[None]:
-    """Turns every tensor argument of the root around along the batch."""
+def _arguments(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Changes every tensor argument of the root."""
 
-    def flip(module, args, kwargs):
-        turn = lambda v: v.flip(0) if isinstance(v, Tensor) else v  # noqa: E731
+    def before(module, args, kwargs):
+        turn = lambda v: change(v) if isinstance(v, Tensor) else v  # noqa: E731
         return tuple(turn(a) for a in args), {k: turn(v) for k, v in kwargs.items()}
 
-    hook = model.register_forward_pre_hook(flip, with_kwargs=True)
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
     try:
         yield
     finally:
