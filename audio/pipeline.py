@@ -287,10 +287,8 @@ class AudioDomain:
         return rate_remarks([inspect(path) for path in paths], model.front_end.sample_rate_hz)
 
     def describe(self, model: AudioModel) -> dict[str, Any]:
-        return {
-            "front_end": asdict(model.front_end),
-            "input": f"{model.num_samples / model.front_end.sample_rate_hz:.2f} s",
-        }
+        front, hz = model.front_end, model.front_end.sample_rate_hz
+        return {"front_end": asdict(front), "input": f"{model.num_samples / hz:.2f} s at {hz} Hz"}
 
     def extra(self, handle: Handle, dataset: Windows, outputs: np.ndarray | None) -> list[dict[str, Any]]:
         """The routers of mixtures, with pictures."""

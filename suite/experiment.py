@@ -84,7 +84,10 @@ class Domain(Protocol):
         """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
 
     def describe(self, model: nn.Module) -> dict[str, Any]:
-        """What `info` says of the model's input, as JSON can hold it: an adapter keeps it as its preprocessing."""
+        """What `info` says of the model's input, as JSON can hold it: an adapter keeps it as its preprocessing.
+
+        {"input": all of it in a line, ...}.
+        """
 
     def extra(self, handle: Handle, dataset, outputs: np.ndarray | None) -> list[dict[str, Any]]:
         """Sections of the report that only this domain has. outputs: (rows, K) scores of the rows, where there are."""
@@ -261,7 +264,7 @@ def train_one(
     seconds = time.perf_counter() - start
     shown = next(part for part in ("test", "val", "train") if len(getattr(fold, part)))
     extra = domain.extra(handle, datasets.part(handle.model, getattr(fold, shown)), outputs.get("test"))
-    adapted, params = _adapted(recipe, handle), handle.parameters_count()
+    adapted, params = _adapted(domain, recipe, handle), handle.parameters_count()
     return Outcome(fold, seed, adapter, adapted, outputs, params, choice.fit, seconds, choice.table, notes, extra=extra)
 
 
@@ -481,7 +484,7 @@ def run(
     monitor = recipe.plan.get("monitor") or domain.task(recipe, manifest.classes).monitor
     grid = result["metrics"].get("lr_grid")
     page = Run(
-        title=f"{recipe.method} on {Path(recipe.data.manifest).parent.name or recipe.data.manifest}",
+        title=_title(recipe.method, recipe.data.manifest),
         task=manifest.task,
         labels=manifest.classes,
         command=f"adapt {domain.name} train --recipe {Path(out) / 'recipe.toml'} --out NEW_FOLDER",
@@ -515,6 +518,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def _title(method: str, data: str) -> str:
+    table = Path(data).resolve()
+    return f"{method} on {table.name if table.is_dir() else table.parent.name}"
+
+
 def _predictions(subset: Manifest, labels: Sequence[str], outputs: np.ndarray, runs=None) -> Predictions:
     return Predictions(
         paths=[r.rel for r in subset.rows],
@@ -525,12 +533,13 @@ def _predictions(subset: Manifest, labels: Sequence[str], outputs: np.ndarray, r
     )
 
 
-def _adapted(recipe: Recipe, handle: Handle) -> dict[str, Any]:
+def _adapted(domain: Domain, recipe: Recipe, handle: Handle) -> dict[str, Any]:
     roles = Counter(s.role for s in handle.sites)
     norms = sum(kind == "norm" for kind in handle.adapter.kinds.values())
     bare = sum(s.norm is None for s in handle.sites) if "beside" in handle.method.norms else 0
     return {
         "backbone": recipe.backbone + (" (random weights)" if recipe.random_weights else ""),
+        "input": domain.describe(handle.model)["input"],
         "method": recipe.method,
         "sites": ", ".join(f"{n} x {role}" for role, n in roles.items()) or "none",
         "norms": f"{norms} tensors trained" + (f"; {bare} sites have no norm before them" if bare else ""),
@@ -686,12 +695,12 @@ def report_adapter(
     scored = score_adapter(domain, folder, data, test, device, batch_size)
     recipe, subset = scored.recipe, scored.subset
     page = Run(
-        title=f"{recipe.method} on {Path(data).parent.name or data}",
+        title=_title(recipe.method, data),
         task=subset.task,
         labels=scored.labels,
         command=f"adapt {domain.name} report {folder} --data {data}" + (f" --test {test}" if test else ""),
         recipe=recipes.to_toml(recipe),
-        adapted=_adapted(recipe, scored.handle),
+        adapted=_adapted(domain, recipe, scored.handle),
         params=scored.result["params"],
         adapter_bytes=(folder / "adapter.safetensors").stat().st_size,
         data={"table": subset.source.name, "rows": len(subset), "sha256": subset.digest},
@@ -864,6 +873,7 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
         + ("  (random weights)" if recipe.random_weights else ""),
         f"adapter   {recipe.method}  {c['trained'] / 1e6:.4f} M trainable ({share:.2%}, "
         f"{c['trained_without_head']:,} without the head){where}",
+        f"input     {domain.describe(handle.model)['input']}",
         f"data      {len(manifest)} rows, {len(manifest.classes)} classes, {len(set(manifest.groups()))} groups",
     ]
     if recipe.lr_grid:

@@ -211,8 +211,11 @@ class VisionDomain:
         return size_remarks([inspect(path) for path in paths], model.front_end)
 
     def describe(self, model: VisionModel) -> dict[str, Any]:
-        front = asdict(model.front_end)
-        return {"input": f"{front['size'][1]} x {front['size'][0]} pixels", "front_end": front}
+        front = model.front_end
+        (height, width), (tall, wide) = front.size, front.resized
+        mean, std = (" ".join(f"{v:.3g}" for v in values) for values in (front.mean, front.std))
+        line = f"{width} x {height} pixels of {wide} x {tall} ({front.fit}, {front.interpolation}), mean {mean}, std {std}"
+        return {"input": line, "front_end": asdict(front)}
 
     def extra(self, handle: Handle, dataset: Images, outputs: np.ndarray | None) -> list[dict[str, Any]]:
         """What the model looks at, what it confuses, and how alike its blocks attend."""

@@ -246,9 +246,9 @@ class Toy:
         return []
 
     def describe(self, model):
-        return {"numbers": 8}
+        return {"input": "8 numbers"}
 
-    def extra(self, handle, dataset):
+    def extra(self, handle, dataset, outputs):
         return [{"title": "Of the domain", "text": "toy"}]
 
 
