@@ -475,7 +475,7 @@ def test_an_adapter_keeps_what_the_domain_says_of_its_input(tmp_path):
 
     run_toy(clouds(tmp_path), tmp_path / "run")
     record = read_adapter(tmp_path / "run" / "adapter")
-    assert record.preprocessing == {"numbers": 8} and "lr_grid" not in record.extra
+    assert record.preprocessing == {"input": "8 numbers"} and "lr_grid" not in record.extra
 
 
 @pytest.mark.parametrize("backbone", ["embedded:audio-tiny", "ast-tiny"])
