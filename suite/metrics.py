@@ -341,6 +341,30 @@ def bootstrap(
     return _interval(_resample(scored, codes, [metric], repeats, seed).get(metric), level)
 
 
+def resample(
+    statistic: Callable, rows: int, groups=None, repeats: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(value, draws) of any statistic over resamples of whole groups: shapes (...) and (r, ...).
+
+    statistic: (r, rows) weights, how often each row was drawn, -> (r, ...), nan where it is not defined. Equal seeds
+    and groups give equal resamples, so draws of two statistics can be subtracted. With one group there are no draws.
+    """
+    codes = _codes(groups, rows)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = np.asarray(statistic(np.ones((1, rows))), dtype=float)[0]
+        draws = [np.asarray(statistic(weights), dtype=float) for weights in _weights(codes, repeats, seed)]
+    return value, np.concatenate(draws) if draws else np.empty((0, *value.shape))
+
+
+def band(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """(2, ...) ends of the percentile interval of draws (r, ...), from those that are finite; nan where none is."""
+    draws = np.where(np.isfinite(draws), draws, np.nan)
+    ends = np.full((2, *draws.shape[1:]), np.nan)
+    some = np.isfinite(draws).any(0)
+    ends[:, some] = np.nanquantile(draws[:, some], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return ends
+
+
 def _codes(groups, rows: int) -> np.ndarray:
     if groups is None:
         return np.arange(rows)

@@ -9,7 +9,17 @@ import pytest
 from sklearn import metrics as sk
 
 from adaptsuite.errors import UsageError
-from adaptsuite.metrics import METRICS, bootstrap, confusion_matrix, evaluate, per_class, reliability, score
+from adaptsuite.metrics import (
+    METRICS,
+    band,
+    bootstrap,
+    confusion_matrix,
+    evaluate,
+    per_class,
+    reliability,
+    resample,
+    score,
+)
 
 
 def multiclass(rows=200, classes=5, seed=0, ties=False):
@@ -118,6 +128,30 @@ def test_a_function_is_resampled_as_a_named_metric_is():
     groups = np.arange(80) // 4
     found = bootstrap(logits, targets, groups, lambda o, t: (o.argmax(1) == t).mean(), repeats=200, seed=3)
     assert found == pytest.approx(bootstrap(logits, targets, groups, "accuracy", repeats=200, seed=3))
+
+
+def test_any_statistic_is_resampled_as_a_plain_loop_over_groups_does():
+    values, groups = np.random.default_rng(0).normal(size=40), np.random.default_rng(5).integers(0, 9, 40)
+
+    def mean_and_share(weights):
+        return np.stack([weights @ values, weights @ (values > 0)], 1) / weights.sum(1)[:, None]
+
+    value, draws = resample(mean_and_share, 40, groups, repeats=30, seed=7)
+    assert value == pytest.approx([values.mean(), (values > 0).mean()])
+    names, rng = list(dict.fromkeys(groups.tolist())), np.random.default_rng(7)
+    for drawn in draws:
+        taken = [names[g] for g in rng.integers(0, len(names), len(names))]
+        rows = np.concatenate([np.flatnonzero(groups == name) for name in taken])
+        assert drawn == pytest.approx([values[rows].mean(), (values[rows] > 0).mean()], abs=1e-6)
+    assert band(draws) == pytest.approx(np.quantile(draws, [0.025, 0.975], axis=0))
+    assert resample(mean_and_share, 40, [1] * 40)[1].shape == (0, 2)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_band_is_of_the_draws_that_are_defined():
+    draws = np.array([[1.0, np.nan], [2.0, np.nan], [np.nan, np.nan], [3.0, np.inf], [np.inf, np.nan]])
+    assert band(draws, level=1)[:, 0].tolist() == [1, 3] and np.isnan(band(draws)[:, 1]).all()
+    assert np.isnan(band(np.empty((0, 2)))).all()
 
 
 def test_rows_of_one_group_widen_the_interval():
