@@ -33,6 +33,7 @@ SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}  # the other formats are folders
 class Job:
     """A restored adapter on its way into another format."""
 
+    domain: Domain
     handle: Handle
     recipe: Recipe
     labels: list[str]
@@ -65,7 +66,7 @@ def export(
     if format == "onnx":
         needs_onnx()
     handle, recipe, labels, record = restore(domain, folder)
-    gap, notes = formats[format](Job(handle, recipe, labels, record, out))
+    gap, notes = formats[format](Job(domain, handle, recipe, labels, record, out))
     files = [out] if suffix else [p for p in out.rglob("*") if p.is_file()]
     return {
         "export": str(out),

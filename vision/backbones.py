@@ -1,37 +1,15 @@
-"""Vision backbones by name, for images of any size: timm's, local folders, and the small ones that ship with it."""
+"""The small vision backbones that ship with the package."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 
 import torch
 from torch import nn
 
-from adaptsuite.backbones import load_backbone
 from adaptsuite.errors import UsageError, nearest
-from adaptsuite.vision.inputs import FrontEnd, own_front_end, with_size
 
 EMBEDDED_POOL = "cls+mean+std"  # of the final norm's tokens, CLS among them: the read-out that its probes are judged by
-
-
-def load(
-    name: str,
-    *,
-    size: int | Sequence[int] | None = None,
-    random_weights: bool = False,
-    seed: int = 0,
-    **changes: object,
-) -> tuple[nn.Module, FrontEnd]:
-    """A backbone for images of `size` (None: as it was trained), and how it sees. changes: other fields of FrontEnd."""
-    backbone = load_backbone(name, random_weights=random_weights, seed=seed)
-    own = own_front_end(backbone)
-    size = own.size if size is None else (size, size) if isinstance(size, int) else tuple(size)
-    front = replace(own, size=size, **changes)
-    if front.size != own.size:
-        with_size(backbone, front.size)
-    return backbone, front
 
 
 def embedded(name: str, random_weights: bool = False) -> nn.Module:

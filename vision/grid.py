@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from adaptsuite.bank import Bank
 from adaptsuite.errors import UsageError
+from adaptsuite.features import see
 from adaptsuite.grid import Shrink
 from adaptsuite.sites import Component, component_info, find_sites, patch_maps
-from adaptsuite.vision.inputs import see
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from adaptsuite.errors import UsageError
 from adaptsuite.evidence import confused_pairs
 from adaptsuite.host import Handle
+from adaptsuite.image_data import Images
+from adaptsuite.images import crop
 from adaptsuite.metrics import to_probabilities
 from adaptsuite.trainer import predict_all
 from adaptsuite.vision.cka import WORK, Alike, alike, collapse
-from adaptsuite.vision.data import Images
 from adaptsuite.vision.look import grad_cam, rollout, still
 from adaptsuite.vision.pictures import (
     Confusion,
@@ -27,7 +28,6 @@ from adaptsuite.vision.pictures import (
     look_figure,
     page_figure,
 )
-from adaptsuite.vision.transforms import crop
 
 PICTURED = 3  # right answers that are drawn, and wrong ones
 SCORED = 64  # rows that are scored where no scores are given

@@ -11,7 +11,7 @@ from PIL import Image
 
 from adaptsuite.cli import main
 from adaptsuite.errors import DataError
-from adaptsuite.vision.transforms import inspect, read, survey
+from adaptsuite.images import inspect, read, survey
 
 BACKBONE = ("--backbone", "timm:test_vit", "--random-weights", "--method", "linear", "--image-size", "32")
 TRAIN = (*BACKBONE, "--test", "fold=2", "--val", "none", "--epochs", "1")

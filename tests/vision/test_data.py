@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from adaptsuite.augment import Augment, augment, mix
 from adaptsuite.batches import seed_all
+from adaptsuite.front_end import FrontEnd
+from adaptsuite.image_data import Images
+from adaptsuite.images import crop, fitted, views
 from adaptsuite.memory import Memory
-from adaptsuite.vision.data import Images
-from adaptsuite.vision.inputs import FrontEnd
-from adaptsuite.vision.transforms import Augment, augment, crop, fitted, mix, views
 
 
 def ramp(width, height):

@@ -5,10 +5,10 @@ import timm
 import torch
 
 from adaptsuite.errors import UsageError
+from adaptsuite.features import pool_parts, pooled, see, width
+from adaptsuite.front_end import FrontEnd, load, own_front_end
 from adaptsuite.identity import describe_base
-from adaptsuite.vision.backbones import load
-from adaptsuite.vision.heads import LayersHead, LinearHead
-from adaptsuite.vision.inputs import FrontEnd, own_front_end, pool_parts, pooled, see, width
+from adaptsuite.image_heads import LayersHead, LinearHead
 
 
 def random(name, **options):

@@ -12,12 +12,12 @@ from torch import nn
 
 from adaptsuite import attach
 from adaptsuite.errors import UsageError
+from adaptsuite.front_end import FrontEnd
+from adaptsuite.image_heads import LayersHead
+from adaptsuite.image_task import HeadSettings, ImageModel
 from adaptsuite.testing import HOSTS
 from adaptsuite.vision.grid import feature_map, watched
-from adaptsuite.vision.heads import LayersHead
-from adaptsuite.vision.inputs import FrontEnd
 from adaptsuite.vision.look import attention_maps, grad_cam, own_tokens, reader, rollout, spread, still
-from adaptsuite.vision.pipeline import HeadSettings, VisionModel
 
 SIZE = (32, 48)
 
@@ -44,7 +44,7 @@ def sharpened(model):
 
 def task(backbone, classes=4, **head):
     torch.manual_seed(1)
-    return VisionModel(backbone, FrontEnd(size=SIZE), classes, HeadSettings(**head)).eval()
+    return ImageModel(backbone, FrontEnd(size=SIZE), classes, HeadSettings(**head)).eval()
 
 
 def adapted(model, method, **settings):

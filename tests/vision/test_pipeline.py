@@ -6,18 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from adaptsuite.augment import Augment
 from adaptsuite.commands import read_recipe
 from adaptsuite.experiment import adapt, complete
+from adaptsuite.front_end import FrontEnd
+from adaptsuite.image_task import HeadSettings, ImageModel, ImageTask
 from adaptsuite.verify import verify
-from adaptsuite.vision.inputs import FrontEnd
-from adaptsuite.vision.pipeline import DOMAIN, HeadSettings, VisionModel, VisionTask
-from adaptsuite.vision.transforms import Augment
+from adaptsuite.vision.pipeline import DOMAIN
 
 STILL = Augment(crop="middle", flip=False)
 
 
 class Colours(nn.Module):
-    """Logits are the mean of each colour; what a VisionModel looks like to a task."""
+    """Logits are the mean of each colour; what a ImageModel looks like to a task."""
 
     front_end = FrontEnd(size=(4, 4))
 
@@ -37,7 +38,7 @@ def logits(batch):
 
 def test_the_loss_is_cross_entropy_with_smoothing():
     given = batch([0, 2, 1])
-    task = VisionTask("abc", augment=Augment(crop="middle", flip=False, label_smoothing=0.2))
+    task = ImageTask("abc", augment=Augment(crop="middle", flip=False, label_smoothing=0.2))
     expected = 0.0
     for row, label in zip(logits(given).tolist(), [0, 2, 1], strict=True):
         log_sum = float(np.log(np.sum(np.exp(row))))
@@ -49,7 +50,7 @@ def test_the_loss_is_cross_entropy_with_smoothing():
 def test_several_labels_take_binary_cross_entropy():
     given = batch([[1, 0, 1], [0, 0, 0]])
     expected = F.binary_cross_entropy_with_logits(logits(given), given["label"].double())
-    found = VisionTask("abc", "multilabel", STILL).loss(Colours(), given)
+    found = ImageTask("abc", "multilabel", STILL).loss(Colours(), given)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -58,10 +59,10 @@ def test_rare_classes_weigh_more_or_have_their_logits_adjusted():
     z, y = logits(given), torch.tensor([0, 1, 2, 2])
     weights = torch.tensor([8 / 3, 8 / 3, 8 / 18], dtype=torch.float64)
     each = F.cross_entropy(z, y, reduction="none") * weights[y]
-    found = VisionTask("abc", augment=STILL, head=HeadSettings(balance="weights"), counts=counts).loss(Colours(), given)
+    found = ImageTask("abc", augment=STILL, head=HeadSettings(balance="weights"), counts=counts).loss(Colours(), given)
     torch.testing.assert_close(found.double(), each.mean(), rtol=1e-5, atol=1e-6)
     prior = torch.tensor([1 / 8, 1 / 8, 6 / 8], dtype=torch.float64)
-    task = VisionTask("abc", augment=STILL, head=HeadSettings(balance="logits", tau=1.5), counts=counts)
+    task = ImageTask("abc", augment=STILL, head=HeadSettings(balance="logits", tau=1.5), counts=counts)
     expected = F.cross_entropy(z + 1.5 * prior.log(), y)
     torch.testing.assert_close(task.loss(Colours(), given).double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(task.predict(Colours(), given).double(), z, rtol=1e-5, atol=1e-6)
@@ -69,7 +70,7 @@ def test_rare_classes_weigh_more_or_have_their_logits_adjusted():
 
 def test_scores_of_views_are_averaged():
     given = batch([0, 1], size=(8, 8))
-    task = VisionTask("abc", tta="five_crop")
+    task = ImageTask("abc", tta="five_crop")
     image = given["image"].float() / 255
     crops = [image[..., 2:6, 2:6]] + [image[..., a : a + 4, b : b + 4] for a in (0, 4) for b in (0, 4)]
     expected = torch.stack([c.mean((2, 3)) for c in crops]).mean(0)
@@ -83,7 +84,7 @@ def test_the_model_normalises_as_its_front_end_says():
     shape = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=0)
     backbone = VisionTransformer(**shape).eval()
     front = FrontEnd(size=(16, 16), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    model, image = VisionModel(backbone, front, 3, HeadSettings(pool="cls")), torch.rand(2, 3, 16, 16)
+    model, image = ImageModel(backbone, front, 3, HeadSettings(pool="cls")), torch.rand(2, 3, 16, 16)
     mean, std = (torch.tensor(v)[:, None, None] for v in (front.mean, front.std))
     with torch.no_grad():
         torch.testing.assert_close(model(image, embedding=True), backbone((image - mean) / std))

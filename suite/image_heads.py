@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.errors import UsageError
-from adaptsuite.vision.inputs import num_prefix, pool_parts, pooled, see, width
+from adaptsuite.features import num_prefix, pool_parts, pooled, see, width
 
 
 class LinearHead(nn.Linear):
-    """Logits of pooled features; pool: parts joined by +, as `adaptsuite.vision.inputs.pooled` gives them."""
+    """Logits of pooled features; pool: parts joined by +, as `adaptsuite.features.pooled` gives them."""
 
     def __init__(self, backbone: nn.Module, num_classes: int, pool: str):
         parts = pool_parts(pool, backbone)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptsuite.front_end import FrontEnd
+from adaptsuite.images import Picture, inspect, remarks, resized
 from adaptsuite.memory import Memory
-from adaptsuite.vision.inputs import FrontEnd
-from adaptsuite.vision.transforms import Picture, inspect, remarks, resized
 
 
 class Images:

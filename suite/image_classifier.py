@@ -1,0 +1,92 @@
+"""A saved adapter as one object that labels pictures."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptsuite import recipe as recipes
+from adaptsuite.devices import pick_device
+from adaptsuite.errors import DataError
+from adaptsuite.experiment import Domain, restore
+from adaptsuite.images import fitted, read
+from adaptsuite.metrics import to_probabilities
+from adaptsuite.plan import Plan
+
+
+class ImageClassifier:
+    """Labels of pictures of any size, by an adapter of `domain`.
+
+    A picture is a path, a Pillow image, an array or a tensor: (H, W, 3), (3, H, W) or (H, W), uint8 or float in [0, 1].
+    It is resized, cropped and normalised as in training. What cannot be used is a DataError.
+    """
+
+    domain: Domain
+
+    def __init__(self, folder: str | Path, device: str = "auto", batch_size: int | None = None):
+        folder = Path(folder)
+        inner = folder / "adapter"
+        self.handle, self.recipe, labels, _ = restore(
+            self.domain, inner if (inner / "adapter.json").is_file() else folder
+        )
+        plan = recipes.build(Plan, self.recipe.plan, "plan")
+        self.labels, self.task = tuple(labels), self.domain.task(self.recipe, labels)
+        self.device, self.batch_size = pick_device(device), batch_size or plan.batch_size
+        self.model = self.handle.model.to(self.device).eval()
+
+    def predict(self, pictures: Any) -> Any:
+        """{label: probability} of a picture, a list of them of a list; they sum to 1 unless the task is multilabel."""
+        several = _several(pictures)
+        scores = self._run(pictures if several else [pictures], self.task.predict)
+        found = to_probabilities(scores, self.recipe.data.task)
+        named = [{label: float(p) for label, p in zip(self.labels, row, strict=True)} for row in found]
+        return named if several else named[0]
+
+    def embed(self, pictures: Any) -> np.ndarray:
+        """(D,) float32 that the head reads of one picture, (N, D) of a list."""
+        several = _several(pictures)
+        features = self._run(pictures if several else [pictures], self.task.embed)
+        return features if several else features[0]
+
+    def _run(self, pictures: Iterable[Any], says) -> np.ndarray:
+        pictures, found = list(pictures), []
+        if not pictures:
+            raise DataError("no picture was given")
+        with torch.no_grad():
+            for at in range(0, len(pictures), self.batch_size):
+                ready = [fitted(image_of(p), self.model.front_end) for p in pictures[at : at + self.batch_size]]
+                batch = {"image": torch.stack(ready).to(self.device)}
+                found.append(says(self.model, batch).float().cpu().numpy())
+        return np.concatenate(found)
+
+
+def _several(pictures: Any) -> bool:
+    """A list, a tuple, or a batch of four dimensions."""
+    if isinstance(pictures, np.ndarray | Tensor):
+        return pictures.ndim == 4
+    return isinstance(pictures, Sequence) and not isinstance(pictures, str)
+
+
+def image_of(picture: Any):
+    """A Pillow image in RGB. Raises DataError for what is no picture."""
+    from PIL import Image
+
+    if isinstance(picture, str | Path):
+        return read(Path(picture))
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    values = picture.detach().cpu().numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3):
+        values = values.transpose(1, 2, 0)
+    if values.ndim not in (2, 3) or not values.size or (values.ndim == 3 and values.shape[2] not in (1, 3)):
+        raise DataError(f"a picture of shape {values.shape}: (H, W, 3), (3, H, W) or (H, W) is expected")
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+            raise DataError("a float picture with values outside [0, 1], NaN or infinite: scale it first")
+        values = (values * 255).round()
+    elif values.dtype != np.uint8:
+        raise DataError(f"a picture of {values.dtype}: uint8, or float in [0, 1], is expected")
+    return Image.fromarray(values.squeeze().astype(np.uint8)).convert("RGB")
