@@ -17,6 +17,7 @@ from adaptsuite.audio.heads import HfHead, LinearHead, PrototypeHead, pooled
 from adaptsuite.audio.inputs import AstInput, FrontEnd, Input
 from adaptsuite.audio.noise import COLOURS, noise_like, recordings
 from adaptsuite.bank import BANK, Context
+from adaptsuite.domain import Domain
 from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle
 from adaptsuite.losses import asymmetric
@@ -193,8 +194,8 @@ class AudioTask:
         return score(outputs, targets, self.task, probabilities=False)
 
 
-class AudioDomain:
-    """What the commands need of audio (adaptsuite.experiment.Domain)."""
+class AudioDomain(Domain):
+    """What the commands need of audio."""
 
     name = "audio"
     suffixes = SUFFIXES

@@ -12,8 +12,9 @@ from torch import nn
 from adaptsuite.audio.backbones import FrontEnd
 from adaptsuite.audio.data import inspect, read
 from adaptsuite.audio.features import FRAME, HOP, Fbank
+from adaptsuite.domain import Domain
 from adaptsuite.errors import DataError, UsageError
-from adaptsuite.experiment import Domain, read_table, rows_named, skipped_rows
+from adaptsuite.experiment import read_table, rows_named, skipped_rows
 from adaptsuite.manifest import split
 from adaptsuite.recipe import Recipe
 

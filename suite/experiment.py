@@ -1,6 +1,6 @@
 """One experiment of any domain: table -> folds and seeds -> adapters -> pooled evidence -> run folder.
 
-A domain supplies what `Domain` lists; splits, seeds, intervals, artifacts and reports are the same for all.
+A domain supplies what `adaptsuite.domain.Domain` lists; splits, seeds, artifacts and reports are the same for all.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -20,12 +20,12 @@ from adaptsuite import recipe as recipes
 from adaptsuite.artifact import load_adapter, read_adapter
 from adaptsuite.atomic import write_file
 from adaptsuite.checkpoint import copied
+from adaptsuite.domain import Domain
 from adaptsuite.errors import AdapterError, DataError, UsageError
-from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle, attach
-from adaptsuite.manifest import Fold, Manifest, load_manifest, matching, split, write_csv
+from adaptsuite.manifest import Fold, Manifest, matching, split, write_csv
 from adaptsuite.method import Method, method_class, resolve
-from adaptsuite.metrics import evaluate, score, to_probabilities
+from adaptsuite.metrics import to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.rates import Choice, choose, plans_of, section
 from adaptsuite.recipe import Recipe
@@ -37,62 +37,6 @@ PROBE_C = 0.02  # inverse strength of the regularisation of a head's start
 HEAD = "head"  # where a domain's task model keeps its output layer
 
 
-class Domain(Protocol):
-    """What a domain gives to the commands; its task model is a root with a `head`, whose input is one batch."""
-
-    name: str
-    suffixes: tuple[str, ...]  # of its files
-    sections: dict[str, type]  # recipe section -> dataclass of its settings
-    train_norms: bool  # whether methods' norms train here
-    backbones: tuple[str, ...]  # names to try first
-
-    def defaults(self, method: str) -> dict[str, dict[str, Any]]:
-        """{"method_settings": ..., "plan": ...} of a method in this domain."""
-
-    def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
-        """The recipe with everything decided that the data decides, such as the input's length."""
-
-    def model(self, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
-        """The task model on its backbone, without an adapter, in eval mode.
-
-        Its `linear_head` is the path of the linear layer that ends its head, None where there is none.
-        """
-
-    def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
-        """The recipe with what the backbone decided written out: what an adapter keeps."""
-
-    def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None):
-        """Map-style dataset; `mean_by_row` joins the outputs of several items of one row. Where there are several,
-        `rows` says which row each item is of, and `starts` where in it."""
-
-    def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None):
-        """Loss and scores (adaptsuite.trainer.Task), and `embed(model, batch)`: (B, D), what a linear head reads.
-
-        counts: (K,) training rows of each class, given where the task is for training.
-        """
-
-    def sample(self, model: nn.Module, batch: int = 2) -> Any:
-        """Arguments of one forward of the task model, for probe, doctor and budget."""
-
-    def header(self, path: Path) -> Any:
-        """A cheap look at one file, without decoding it. Raises DataError for what is seen to be unusable."""
-
-    def prepare(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
-        """Before any work: reads what fits into memory, and says what its reader should know, such as resampling."""
-
-    def look(self, path: Path) -> dict[str, Any]:
-        """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
-
-    def describe(self, model: nn.Module) -> dict[str, Any]:
-        """What `info` says of the model's input, as JSON can hold it: an adapter keeps it as its preprocessing.
-
-        {"input": all of it in a line, ...}.
-        """
-
-    def extra(self, handle: Handle, dataset, outputs: np.ndarray | None) -> list[dict[str, Any]]:
-        """Sections of the report that only this domain has. outputs: (rows, K) scores of the rows, where there are."""
-
-
 @dataclass
 class Outcome:
     """One trained adapter and what it said of the rows it never saw."""
@@ -101,12 +45,14 @@ class Outcome:
     seed: int
     adapter: Path
     adapted: dict[str, Any]  # what the report says of the method
-    outputs: dict[str, np.ndarray]  # "val", "test": (rows, K) scores
+    outputs: dict[str, np.ndarray]  # "val", "test": (rows, K) scores, as the adapter gives them
     params: dict[str, int]
     fit: Any
     seconds: float
     rates: list[dict[str, Any]] = field(default_factory=list)  # adaptsuite.rates.Choice.table
     notes: list[str] = field(default_factory=list)  # of the choice and the refit
+    kept: dict[str, Any] = field(default_factory=dict)  # adaptsuite.domain.Domain.keep
+    raw: dict[str, np.ndarray] = field(default_factory=dict)  # the outputs before they were calibrated
     metrics: dict[str, dict] = field(default_factory=dict)
     extra: list[dict[str, Any]] = field(default_factory=list)  # the domain's own sections of the report
 
@@ -122,7 +68,7 @@ def read_table(domain: Domain, recipe: Recipe) -> Manifest:
     """The recipe's table, its files looked at (`usable`). Raises DataError or UsageError."""
     if not recipe.data.manifest:
         raise UsageError("no data: name a CSV or a folder of classes with --data")
-    manifest = load_manifest(recipe.data.manifest, recipe.data.task, suffixes=domain.suffixes)
+    manifest = domain.table(recipe.data)
     return usable(domain, manifest, recipe.data.skip_bad)
 
 
@@ -250,6 +196,7 @@ def train_one(
         notes = [*notes, *work.refit(choice, fold, out)]
     if len(fold.test):
         outputs["test"] = work.outputs(fold.test, choice.plan)
+    kept = domain.keep(recipe, manifest.subset(fold.val), outputs["val"]) if "val" in outputs else {}
     adapter = out / "adapter"
     if is_main():
         handle.save(
@@ -260,12 +207,20 @@ def train_one(
             recipe_hash=recipes.digest(recipe),
             manifest_hash=manifest.digest,
             **({"lr_grid": choice.table} if choice.table else {}),
+            **kept,
         )
     seconds = time.perf_counter() - start
     shown = next(part for part in ("test", "val", "train") if len(getattr(fold, part)))
+    raw, outputs = outputs, {part: domain.calibrated(own, kept) for part, own in outputs.items()}
     extra = domain.extra(handle, datasets.part(handle.model, getattr(fold, shown)), outputs.get("test"))
-    adapted, params = _adapted(domain, recipe, handle), handle.parameters_count()
-    return Outcome(fold, seed, adapter, adapted, outputs, params, choice.fit, seconds, choice.table, notes, extra=extra)
+    adapted, params, notes = (
+        _adapted(domain, recipe, handle),
+        handle.parameters_count(),
+        [*notes, *kept.get("notes", ())],
+    )
+    return Outcome(
+        fold, seed, adapter, adapted, outputs, params, choice.fit, seconds, choice.table, notes, kept, raw, extra=extra
+    )
 
 
 @dataclass(frozen=True)
@@ -319,12 +274,13 @@ class _Work:
         """(rows, K) scores."""
         model, task = self.handle.model, self.domain.task(self.recipe, self.manifest.classes)
         dataset = self.datasets.part(model, rows)
-        raw, _ = predict_all(model, task, dataset, plan.batch_size, plan.device, workers=plan.workers)
-        return dataset.mean_by_row(raw)
+        return self.domain.outputs(model, task, dataset, plan)
 
 
-def class_counts(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """(K,) rows of each class; a row of several labels counts for each."""
+def class_counts(manifest: Manifest, rows: np.ndarray) -> np.ndarray | None:
+    """(K,) rows of each class; a row of several labels counts for each. None where rows have no class."""
+    if manifest.task not in ("multiclass", "multilabel"):
+        return None
     targets = manifest.subset(rows).targets(manifest.classes)
     return targets.sum(0) if targets.ndim == 2 else np.bincount(targets, minlength=len(manifest.classes))
 
@@ -392,7 +348,8 @@ class Parts:
         if not len(indices):
             return None
         subset = self.manifest.subset(indices)
-        return self.domain.dataset(model, [r.path for r in subset.rows], subset.targets(self.manifest.classes))
+        targets = self.domain.targets(subset, self.manifest.classes)
+        return self.domain.dataset(model, [r.path for r in subset.rows], targets)
 
 
 def train(
@@ -419,9 +376,12 @@ def train(
             say(f"run    {folder.name}: {', '.join(f'{n} {part}' for part, n in fold.sizes.items())} rows")
         with rows_named(manifest):
             outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts, say)
-        outcome.metrics = {name: _evaluate(manifest, getattr(fold, name), o) for name, o in outcome.outputs.items()}
+        outcome.metrics = {
+            name: domain.evaluate(manifest.subset(getattr(fold, name)), manifest.classes, own)
+            for name, own in outcome.outputs.items()
+        }
         outcomes.append(outcome)
-    metrics = {name: pooled(manifest, outcomes, name) for name in ("test", "val")}
+    metrics = {name: pooled(domain, manifest, outcomes, name) for name in ("test", "val")}
     metrics["folds"] = [
         {
             "name": o.fold.name,
@@ -480,7 +440,7 @@ def run(
     if seen:
         subset = manifest.subset(np.concatenate([getattr(o.fold, part) for o in seen]))
         names = [o.adapter.parent.name for o in seen for _ in o.outputs[part]] if len(outcomes) > 1 else None
-        said = _predictions(subset, manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names)
+        said = domain.predictions(subset, manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names)
     monitor = recipe.plan.get("monitor") or domain.task(recipe, manifest.classes).monitor
     grid = result["metrics"].get("lr_grid")
     page = Run(
@@ -504,7 +464,11 @@ def run(
             *skipped_rows(manifest),
             *dict.fromkeys(n for o in outcomes for n in (*o.fold.notes, *o.fit.notes)),
         ],
-        extra=[*([section(grid, monitor)] if grid else []), *outcomes[0].extra],
+        extra=[
+            *([section(grid, monitor)] if grid else []),
+            *domain.evidence(recipe, manifest, outcomes, part),
+            *outcomes[0].extra,
+        ],
         seeds=recipe.seeds,
         seconds=result["seconds"],
     )
@@ -521,16 +485,6 @@ def is_main() -> bool:
 def _title(method: str, data: str) -> str:
     table = Path(data).resolve()
     return f"{method} on {table.name if table.is_dir() else table.parent.name}"
-
-
-def _predictions(subset: Manifest, labels: Sequence[str], outputs: np.ndarray, runs=None) -> Predictions:
-    return Predictions(
-        paths=[r.rel for r in subset.rows],
-        targets=subset.targets(labels),
-        probabilities=to_probabilities(outputs, subset.task),
-        groups=[r.group for r in subset.rows] if "group" in subset.columns else None,
-        runs=runs,
-    )
 
 
 def _adapted(domain: Domain, recipe: Recipe, handle: Handle) -> dict[str, Any]:
@@ -567,19 +521,7 @@ def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "fold"
 
 
-def _evaluate(manifest: Manifest, indices: np.ndarray, outputs: np.ndarray) -> dict[str, dict]:
-    subset = manifest.subset(indices)
-    return evaluate(
-        outputs,
-        subset.targets(manifest.classes),
-        subset.groups(),
-        manifest.task,
-        classes=manifest.classes,
-        probabilities=False,
-    )
-
-
-def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:
+def pooled(domain: Domain, manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:
     """Metrics of a part over folds and seeds: {name: {"value", "ci", "range"?, "seeds"?, "spread"?, "note"?}}.
 
     value: of the rows of all folds together, with several seeds the mean of each seed's.  ci: 95 %, resampling the
@@ -591,15 +533,14 @@ def pooled(manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[s
     if not seen:
         return {}
 
-    def together(own: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.concatenate([getattr(o.fold, part) for o in own])
-        return rows, np.concatenate([o.outputs[part] for o in own])
+    def together(own: Sequence[Outcome]) -> tuple[Manifest, Sequence[str], np.ndarray]:
+        rows = manifest.subset(np.concatenate([getattr(o.fold, part) for o in own]))
+        return rows, manifest.classes, np.concatenate([o.outputs[part] for o in own])
 
     def values(own: Sequence[Outcome]) -> dict[str, float]:
-        rows, outputs = together(own)
-        return score(outputs, manifest.subset(rows).targets(manifest.classes), manifest.task, probabilities=False)
+        return domain.score(*together(own))
 
-    metrics = _evaluate(manifest, *together(seen))
+    metrics = domain.evaluate(*together(seen))
     seeds, folds = {o.seed for o in seen}, dict.fromkeys(o.fold.name for o in seen)
     by_seed = [values([o for o in seen if o.seed == seed]) for seed in seeds] if len(seeds) > 1 else []
     by_fold = [[values([o]) for o in seen if o.fold.name == name] for name in folds] if len(folds) > 1 else []
@@ -645,15 +586,13 @@ def score_adapter(
 ) -> Scored:
     """Metrics of a saved adapter on the rows of `test`, else those with split=test, else all of the table."""
     start = time.perf_counter()
-    handle, recipe, labels, _ = restore(domain, folder)
-    manifest = load_manifest(data, recipe.data.task, suffixes=domain.suffixes)
+    handle, recipe, labels, record = restore(domain, folder)
+    manifest = domain.table(replace(recipe.data, manifest=data))
     subset = usable(domain, manifest.subset(_test_rows(manifest, test)), skip_bad)
     remarks = _prepare(domain, handle.model, subset)
-    dataset = domain.dataset(handle.model, [r.path for r in subset.rows], subset.targets(labels))
-    outputs = _outputs(domain, handle, recipe, labels, dataset, device, batch_size)
-    metrics = evaluate(
-        outputs, subset.targets(labels), subset.groups(), manifest.task, classes=labels, probabilities=False
-    )
+    dataset = domain.dataset(handle.model, [r.path for r in subset.rows], domain.targets(subset, labels))
+    outputs = _outputs(domain, handle, recipe, record, dataset, device, batch_size)
+    metrics = domain.evaluate(subset, labels, outputs)
     result = {
         "metrics": {"test": metrics},
         "params": handle.parameters_count(),
@@ -666,11 +605,10 @@ def score_adapter(
     return Scored(result, handle, recipe, labels, subset, outputs, dataset)
 
 
-def _outputs(domain, handle, recipe, labels, dataset, device, batch_size) -> np.ndarray:
-    plan = recipes.build(Plan, recipe.plan, "plan")
-    task = domain.task(recipe, labels)
-    raw, _ = predict_all(handle.model, task, dataset, batch_size or plan.batch_size, device or plan.device)
-    return dataset.mean_by_row(raw)
+def _outputs(domain, handle, recipe, record, dataset, device, batch_size) -> np.ndarray:
+    plan, task = recipes.build(Plan, recipe.plan, "plan"), domain.task(recipe, record.labels)
+    outputs = domain.outputs(handle.model, task, dataset, plan, batch_size, device)
+    return domain.calibrated(outputs, {"temperature": record.temperature, "threshold": record.threshold})
 
 
 def _test_rows(manifest: Manifest, test: str | None) -> np.ndarray:
@@ -705,7 +643,7 @@ def report_adapter(
         adapter_bytes=(folder / "adapter.safetensors").stat().st_size,
         data={"table": subset.source.name, "rows": len(subset), "sha256": subset.digest},
         metrics=scored.result["metrics"],
-        predictions=_predictions(subset, scored.labels, scored.outputs),
+        predictions=domain.predictions(subset, scored.labels, scored.outputs),
         warnings=scored.result["warnings"],
         extra=domain.extra(scored.handle, scored.dataset, scored.outputs),
         seeds=recipe.seeds,
@@ -726,10 +664,10 @@ def label_files(
 
     Folders are searched for files of the domain. Raises DataError as `readable`.
     """
-    handle, recipe, labels, _ = restore(domain, folder)
+    handle, recipe, labels, record = restore(domain, folder)
     paths, skipped, remarks = readable(domain, files, skip_bad)
     dataset = domain.dataset(handle.model, paths, None)
-    outputs, predictions = _outputs(domain, handle, recipe, labels, dataset, device, batch_size), []
+    outputs, predictions = _outputs(domain, handle, recipe, record, dataset, device, batch_size), []
     for path, scores in zip(paths, to_probabilities(outputs, recipe.data.task), strict=True):
         named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
         if recipe.data.task == "multilabel":
@@ -740,7 +678,7 @@ def label_files(
     return {
         "predictions": predictions,
         "skipped": skipped,
-        "notes": [*remarks, *file_notes(domain, handle.model, paths)],
+        "notes": [*remarks, *domain.notes(handle.model, paths)],
     }
 
 
@@ -771,11 +709,6 @@ def readable(
     return good, skipped, remarks
 
 
-def file_notes(domain: Domain, model: nn.Module, paths: Sequence[Path]) -> list[str]:
-    """What is said once of all the files of a command; domains without a `notes` have nothing to say."""
-    return domain.notes(model, paths) if hasattr(domain, "notes") else []
-
-
 def embed_files(
     domain: Domain,
     source: str | Path | Recipe,
@@ -804,7 +737,7 @@ def embed_files(
     found = {
         "paths": [str(p) for p in paths],
         "skipped": skipped,
-        "notes": [*remarks, *file_notes(domain, model, paths)],
+        "notes": [*remarks, *domain.notes(model, paths)],
     }
     if not each_item:
         return {**found, "features": dataset.mean_by_row(raw).astype(np.float32)}

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from adaptsuite import __version__
 from adaptsuite.atomic import check_target, write_file
+from adaptsuite.domain import Domain
 from adaptsuite.errors import Inexact, UsageError, nearest
-from adaptsuite.experiment import Domain, restore
+from adaptsuite.experiment import restore
 from adaptsuite.host import Handle, attach
 from adaptsuite.peft_bridge import from_peft, to_peft
 from adaptsuite.recipe import Recipe

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from adaptsuite import recipe as recipes
 from adaptsuite.devices import pick_device
+from adaptsuite.domain import Domain
 from adaptsuite.errors import DataError
-from adaptsuite.experiment import Domain, restore
+from adaptsuite.experiment import restore
 from adaptsuite.images import fitted, read
 from adaptsuite.metrics import to_probabilities
 from adaptsuite.plan import Plan

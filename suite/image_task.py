@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.augment import Augment, augment, mix
+from adaptsuite.domain import Domain
 from adaptsuite.errors import UsageError
 from adaptsuite.front_end import Fit, FrontEnd, Interpolation, load
 from adaptsuite.image_data import Images, size_remarks
@@ -136,8 +137,8 @@ class ImageTask:
         return score(outputs, targets, self.task, probabilities=False)
 
 
-class ImageDomain:
-    """What the commands need of a domain of pictures (adaptsuite.experiment.Domain); domains derive theirs from it."""
+class ImageDomain(Domain):
+    """What the commands need of a domain of pictures; domains derive theirs from it."""
 
     name: str
     suffixes = SUFFIXES
@@ -147,9 +148,6 @@ class ImageDomain:
 
     def __init__(self):
         self.memory = Memory()
-
-    def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
-        return recipe
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> ImageModel:
         given = {k: v for k, v in recipe.front_end.items() if k != "tta" and v is not None}

@@ -5,9 +5,10 @@ from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from adaptsuite import recipe as recipes
+from adaptsuite.domain import Domain
 from adaptsuite.errors import DataError
-from adaptsuite.experiment import HEAD, Domain, adapt, complete, damaged, skipped_rows
-from adaptsuite.manifest import Fold, Row, load_manifest, split
+from adaptsuite.experiment import HEAD, adapt, complete, damaged, skipped_rows
+from adaptsuite.manifest import Fold, Row, split
 from adaptsuite.method import method_class, methods
 from adaptsuite.recipe import Recipe, shipped_recipes
 from adaptsuite.verify import verify
@@ -87,7 +88,7 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
     files cannot be used are no problems: the rest is described.
     """
     data = recipe.data
-    manifest = load_manifest(data.manifest, data.task, suffixes=domain.suffixes)
+    manifest = domain.table(data)
     problems, warnings, facts = [], [], []
 
     def see(row: Row, seen: dict[str, Any]) -> None:

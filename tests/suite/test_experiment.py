@@ -21,6 +21,7 @@ if __name__ == "__main__":
     import conftest  # noqa: F401  (makes adaptsuite importable)
 
 from adaptsuite import experiment
+from adaptsuite.domain import Domain
 from adaptsuite.errors import Diverged, UsageError
 from adaptsuite.manifest import Fold, load_manifest
 from adaptsuite.recipe import Recipe
@@ -92,32 +93,32 @@ def test_out_of_fold_predictions_are_pooled_and_seeds_give_mean_and_range(manife
         outcome(manifest, "0", 1, range(6), 3),
         outcome(manifest, "1", 1, range(6, 12), 3),
     ]
-    found = experiment.pooled(manifest, outcomes, "test")["accuracy"]
+    found = experiment.pooled(Toy(), manifest, outcomes, "test")["accuracy"]
     assert found["value"] == pytest.approx((0.75 + 0.5) / 2) and found["range"] == [0.5, 0.75]
     assert found["seeds"] == 2 and found["ci"][0] < found["value"] < found["ci"][1]
     assert found["spread"]["seeds"] == pytest.approx({"mean": 0.625, "std": 0.25 / 2**0.5, "n": 2})
     by_fold = ((1 + 0.5) / 2, (0.5 + 0.5) / 2)  # each fold's mean over its seeds
     assert found["spread"]["folds"] == pytest.approx({"mean": 0.625, "std": np.std(by_fold, ddof=1), "n": 2})
-    one = experiment.pooled(manifest, outcomes[:2], "test")["accuracy"]
+    one = experiment.pooled(Toy(), manifest, outcomes[:2], "test")["accuracy"]
     assert one["value"] == 0.75 and "range" not in one and list(one["spread"]) == ["folds"]
     assert one["spread"]["folds"] == pytest.approx({"mean": 0.75, "std": 0.5 / 2**0.5, "n": 2})
-    assert "spread" not in experiment.pooled(manifest, outcomes[:1], "test")["accuracy"]
+    assert "spread" not in experiment.pooled(Toy(), manifest, outcomes[:1], "test")["accuracy"]
     lines = experiment.summary({"metrics": {"test": {"accuracy": found}}, "adapter": []})
     assert "folds 0.625 ± 0.177 (2)  seeds 0.625 ± 0.177 (2)" in lines[0] and "standard deviation" in lines[-1]
-    assert experiment.pooled(manifest, outcomes, "val") == {}
+    assert experiment.pooled(Toy(), manifest, outcomes, "val") == {}
 
 
 def test_a_fold_that_does_not_define_a_metric_is_not_in_its_spread(manifest):
     one_class = outcome(manifest, "2", 0, [0, 2, 4], 3)  # labels a, a, a
     outcomes = [outcome(manifest, "0", 0, range(6), 5), outcome(manifest, "1", 0, range(6, 12), 3), one_class]
-    found = experiment.pooled(manifest, outcomes, "test")
+    found = experiment.pooled(Toy(), manifest, outcomes, "test")
     assert found["accuracy"]["spread"]["folds"]["n"] == 3 and found["auroc"]["spread"]["folds"]["n"] == 2
 
 
 def test_intervals_do_not_shrink_when_seeds_see_the_same_groups_again(manifest):
     once = [outcome(manifest, "0", 0, range(12), 9)]
     often = [outcome(manifest, "0", seed, range(12), 9) for seed in range(8)]
-    narrow, wide = (experiment.pooled(manifest, o, "test")["accuracy"]["ci"] for o in (often, once))
+    narrow, wide = (experiment.pooled(Toy(), manifest, o, "test")["accuracy"]["ci"] for o in (often, once))
     assert narrow == pytest.approx(wide)
 
 
@@ -193,7 +194,7 @@ class Classify:
         return score(outputs, targets, "multiclass", probabilities=False)
 
 
-class Toy:
+class Toy(Domain):
     """A domain of three clouds, with a frozen random layer below a head of its own."""
 
     name, suffixes, train_norms, backbones, sections = "audio", (".txt",), False, (), {"head": Head}
@@ -203,12 +204,6 @@ class Toy:
 
     def defaults(self, method):
         return {"method_settings": {}, "plan": {"batch_size": 8, "epochs": 4, "lr": 0.01, "device": "cpu"}}
-
-    def settle(self, recipe, paths):
-        return recipe
-
-    def decided(self, recipe, model):
-        return recipe
 
     def model(self, recipe, classes):
         import torch
@@ -241,6 +236,9 @@ class Toy:
 
     def header(self, path):
         return None
+
+    def look(self, path):
+        return {"remarks": []}
 
     def prepare(self, model, paths):
         return []
