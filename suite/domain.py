@@ -1,7 +1,8 @@
 """What a domain gives to the commands: its files, its task model, its losses, and what its evidence is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,23 @@ from torch import nn
 from adaptsuite import metrics
 from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle
-from adaptsuite.manifest import Manifest, load_manifest
+from adaptsuite.manifest import Fold, Manifest, Row, load_manifest
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
 from adaptsuite.recipe import DataSettings, Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What one adapter said of rows that it never saw."""
+
+    manifest: Manifest  # the rows
+    outputs: np.ndarray  # (rows, K) calibrated scores
+    raw: np.ndarray  # (rows, K) before calibration
+    kept: Mapping[str, Any]  # `Domain.keep`
+    name: str = ""  # of its run
+    seed: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the adapter: backbone, method, trained, hashes
 
 
 class Domain(ABC):
@@ -49,9 +63,22 @@ class Domain(ABC):
     def look(self, path: Path) -> dict[str, Any]:
         """Facts of one file, decoded; `remarks` lists what may be wrong. Raises DataError where it cannot be used."""
 
+    def further(self, manifest: Manifest, row: Row) -> list[str]:
+        """Looks whole at what a row names beside its file, such as a mask; remarks on it. Raises DataError as `look`,
+        in a line that starts with the row's path."""
+        return []
+
     @abstractmethod
     def prepare(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
         """Before any work: reads what fits into memory, and says what its reader should know, such as resampling."""
+
+    def doubts(self, recipe: Recipe, manifest: Manifest, folds: Sequence[Fold]) -> list[str]:
+        """What speaks against a split, to be said before training. Raises DataError where the recipe asks for that."""
+        return []
+
+    def shown(self, row: Row) -> str:
+        """What outputs call a row."""
+        return row.rel
 
     def notes(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
         """What is said once of all files of a command."""
@@ -128,7 +155,7 @@ class Domain(ABC):
     ) -> Predictions | None:
         """The rows of the report's evidence; None where they have no classes."""
         return Predictions(
-            paths=[r.rel for r in manifest.rows],
+            paths=[self.shown(r) for r in manifest.rows],
             targets=self.targets(manifest, classes),
             probabilities=metrics.to_probabilities(outputs, manifest.task),
             groups=[r.group for r in manifest.rows] if "group" in manifest.columns else None,
@@ -139,6 +166,11 @@ class Domain(ABC):
         """Sections of the report that only this domain has, of one adapter. outputs: (rows, K) scores of the rows."""
         return []
 
-    def evidence(self, recipe: Recipe, manifest: Manifest, outcomes: Sequence[Any], part: str) -> list[dict[str, Any]]:
-        """The same of all adapters of a run together (adaptsuite.experiment.Outcome), on rows of "test" or "val"."""
+    def evidence(
+        self, recipe: Recipe, manifest: Manifest, said: Sequence[Said], part: str, out: Path | None
+    ) -> list[dict[str, Any]]:
+        """The same of all adapters of a run together, on rows of `part` of the table.
+
+        A section may have `facts`, for JSON. out: the run's folder, for files beside the report; None: there is none.
+        """
         return []

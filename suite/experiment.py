@@ -20,7 +20,7 @@ from adaptsuite import recipe as recipes
 from adaptsuite.artifact import load_adapter, read_adapter
 from adaptsuite.atomic import write_file
 from adaptsuite.checkpoint import copied
-from adaptsuite.domain import Domain
+from adaptsuite.domain import Domain, Said
 from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Manifest, matching, split, write_csv
@@ -82,6 +82,7 @@ def usable(domain: Domain, manifest: Manifest, skip_bad: bool) -> Manifest:
     with rows_named(manifest):
         for row in manifest.rows:
             domain.header(row.path)
+            domain.further(manifest, row)
     return manifest
 
 
@@ -90,7 +91,8 @@ def damaged(domain: Domain, manifest: Manifest, see: Callable[[Any, dict], None]
     bad: dict[int, str] = {}
     for i, row in enumerate(manifest.rows):
         try:
-            see(row, domain.look(row.path))
+            facts = domain.look(row.path)
+            see(row, facts | {"remarks": [*facts["remarks"], *domain.further(manifest, row)]})
         except DataError as e:
             bad[i] = str(e).removeprefix(f"{row.path}: ")
     return bad
@@ -213,13 +215,20 @@ def train_one(
     shown = next(part for part in ("test", "val", "train") if len(getattr(fold, part)))
     raw, outputs = outputs, {part: domain.calibrated(own, kept) for part, own in outputs.items()}
     extra = domain.extra(handle, datasets.part(handle.model, getattr(fold, shown)), outputs.get("test"))
-    adapted, params, notes = (
-        _adapted(domain, recipe, handle),
-        handle.parameters_count(),
-        [*notes, *kept.get("notes", ())],
-    )
     return Outcome(
-        fold, seed, adapter, adapted, outputs, params, choice.fit, seconds, choice.table, notes, kept, raw, extra=extra
+        fold=fold,
+        seed=seed,
+        adapter=adapter,
+        adapted=_adapted(domain, recipe, handle),
+        outputs=outputs,
+        params=handle.parameters_count(),
+        fit=choice.fit,
+        seconds=seconds,
+        rates=choice.table,
+        notes=[*notes, *kept.get("notes", ())],
+        kept=kept,
+        raw=raw,
+        extra=extra,
     )
 
 
@@ -367,6 +376,7 @@ def train(
         plans_of(recipe, fold, seed)  # refuses before any work
     used = np.unique(np.concatenate([getattr(fold, part) for _, fold in plans for part in fold.sizes]))
     remarks = _prepare(domain, domain.model(recipe, manifest.classes), manifest.subset(used))
+    remarks += domain.doubts(recipe, manifest, [fold for _, fold in plans])
     for remark in remarks:
         say(f"warning   {remark}")
     for seed, fold in plans:
@@ -419,6 +429,18 @@ def skipped_rows(manifest: Manifest) -> list[str]:
     return [f"{s['row']}: {s['path']} was left out: {s['reason']}" for s in manifest.skipped]
 
 
+def _said(manifest: Manifest, outcome: Outcome, part: str) -> Said:
+    return Said(
+        manifest=manifest.subset(getattr(outcome.fold, part)),
+        outputs=outcome.outputs[part],
+        raw=outcome.raw[part],
+        kept=outcome.kept,
+        name=outcome.adapter.parent.name,
+        seed=outcome.seed,
+        facts={**outcome.adapted, **outcome.params},
+    )
+
+
 def run(
     domain: Domain,
     recipe: Recipe,
@@ -441,6 +463,9 @@ def run(
         subset = manifest.subset(np.concatenate([getattr(o.fold, part) for o in seen]))
         names = [o.adapter.parent.name for o in seen for _ in o.outputs[part]] if len(outcomes) > 1 else None
         said = domain.predictions(subset, manifest.classes, np.concatenate([o.outputs[part] for o in seen]), names)
+    sections = domain.evidence(recipe, manifest, [_said(manifest, o, part) for o in seen], part, Path(out))
+    if facts := {s["title"]: s["facts"] for s in sections if s.get("facts")}:
+        result["metrics"]["evidence"] = facts
     monitor = recipe.plan.get("monitor") or domain.task(recipe, manifest.classes).monitor
     grid = result["metrics"].get("lr_grid")
     page = Run(
@@ -466,7 +491,7 @@ def run(
         ],
         extra=[
             *([section(grid, monitor)] if grid else []),
-            *domain.evidence(recipe, manifest, outcomes, part),
+            *sections,
             *outcomes[0].extra,
         ],
         seeds=recipe.seeds,
@@ -573,6 +598,7 @@ class Scored:
     subset: Manifest
     outputs: np.ndarray
     dataset: Any
+    sections: list[dict[str, Any]]  # adaptsuite.domain.Domain.evidence
 
 
 def score_adapter(
@@ -591,10 +617,16 @@ def score_adapter(
     subset = usable(domain, manifest.subset(_test_rows(manifest, test)), skip_bad)
     remarks = _prepare(domain, handle.model, subset)
     dataset = domain.dataset(handle.model, [r.path for r in subset.rows], domain.targets(subset, labels))
-    outputs = _outputs(domain, handle, recipe, record, dataset, device, batch_size)
-    metrics = domain.evaluate(subset, labels, outputs)
+    raw, kept = _outputs(domain, handle, recipe, record, dataset, device, batch_size)
+    outputs = domain.calibrated(raw, kept)
+    metrics: dict[str, Any] = {"test": domain.evaluate(subset, labels, outputs)}
+    facts = {**_adapted(domain, recipe, handle), **handle.parameters_count()}
+    said = Said(subset, outputs, raw, kept, name=Path(folder).parent.name, seed=recipe.seeds[0], facts=facts)
+    sections = domain.evidence(recipe, subset, [said], "test", None)
+    if found := {s["title"]: s["facts"] for s in sections if s.get("facts")}:
+        metrics["evidence"] = found
     result = {
-        "metrics": {"test": metrics},
+        "metrics": metrics,
         "params": handle.parameters_count(),
         "adapter": str(folder),
         "rows": len(subset),
@@ -602,13 +634,14 @@ def score_adapter(
         "warnings": [*subset.notes, *remarks],
         "seconds": round(time.perf_counter() - start, 2),
     }
-    return Scored(result, handle, recipe, labels, subset, outputs, dataset)
+    return Scored(result, handle, recipe, labels, subset, outputs, dataset, sections)
 
 
-def _outputs(domain, handle, recipe, record, dataset, device, batch_size) -> np.ndarray:
+def _outputs(domain, handle, recipe, record, dataset, device, batch_size) -> tuple[np.ndarray, dict[str, Any]]:
+    """Scores before calibration, and what the adapter keeps for it."""
     plan, task = recipes.build(Plan, recipe.plan, "plan"), domain.task(recipe, record.labels)
     outputs = domain.outputs(handle.model, task, dataset, plan, batch_size, device)
-    return domain.calibrated(outputs, {"temperature": record.temperature, "threshold": record.threshold})
+    return outputs, {"temperature": record.temperature, "threshold": record.threshold, **record.extra}
 
 
 def _test_rows(manifest: Manifest, test: str | None) -> np.ndarray:
@@ -645,7 +678,7 @@ def report_adapter(
         metrics=scored.result["metrics"],
         predictions=domain.predictions(subset, scored.labels, scored.outputs),
         warnings=scored.result["warnings"],
-        extra=domain.extra(scored.handle, scored.dataset, scored.outputs),
+        extra=[*scored.sections, *domain.extra(scored.handle, scored.dataset, scored.outputs)],
         seeds=recipe.seeds,
         seconds=scored.result["seconds"],
     )
@@ -667,7 +700,8 @@ def label_files(
     handle, recipe, labels, record = restore(domain, folder)
     paths, skipped, remarks = readable(domain, files, skip_bad)
     dataset = domain.dataset(handle.model, paths, None)
-    outputs, predictions = _outputs(domain, handle, recipe, record, dataset, device, batch_size), []
+    outputs = domain.calibrated(*_outputs(domain, handle, recipe, record, dataset, device, batch_size))
+    predictions = []
     for path, scores in zip(paths, to_probabilities(outputs, recipe.data.task), strict=True):
         named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
         if recipe.data.task == "multilabel":

@@ -30,7 +30,7 @@ class ImageClassifier:
     def __init__(self, folder: str | Path, device: str = "auto", batch_size: int | None = None):
         folder = Path(folder)
         inner = folder / "adapter"
-        self.handle, self.recipe, labels, _ = restore(
+        self.handle, self.recipe, labels, self.record = restore(
             self.domain, inner if (inner / "adapter.json").is_file() else folder
         )
         plan = recipes.build(Plan, self.recipe.plan, "plan")
@@ -39,10 +39,14 @@ class ImageClassifier:
         self.model = self.handle.model.to(self.device).eval()
 
     def predict(self, pictures: Any) -> Any:
-        """{label: probability} of a picture, a list of them of a list; they sum to 1 unless the task is multilabel."""
+        """{label: probability} of a picture, a list of them of a list; they sum to 1 unless the task is multilabel.
+
+        They are calibrated where the adapter keeps a temperature.
+        """
         several = _several(pictures)
         scores = self._run(pictures if several else [pictures], self.task.predict)
-        found = to_probabilities(scores, self.recipe.data.task)
+        kept = {"temperature": self.record.temperature, "threshold": self.record.threshold, **self.record.extra}
+        found = to_probabilities(self.domain.calibrated(scores, kept), self.recipe.data.task)
         named = [{label: float(p) for label, p in zip(self.labels, row, strict=True)} for row in found]
         return named if several else named[0]
 
@@ -52,16 +56,34 @@ class ImageClassifier:
         features = self._run(pictures if several else [pictures], self.task.embed)
         return features if several else features[0]
 
+    def frames(self, picture: Any) -> Iterable[Any]:
+        """Pillow images whose scores are averaged: of a picture itself."""
+        return [image_of(picture)]
+
     def _run(self, pictures: Iterable[Any], says) -> np.ndarray:
-        pictures, found = list(pictures), []
-        if not pictures:
-            raise DataError("no picture was given")
+        """(N, K): `says` of each picture, the mean over its frames."""
+        found: list[np.ndarray] = []
+        ready: list[Tensor] = []
+        rows: list[int] = []
         with torch.no_grad():
-            for at in range(0, len(pictures), self.batch_size):
-                ready = [fitted(image_of(p), self.model.front_end) for p in pictures[at : at + self.batch_size]]
-                batch = {"image": torch.stack(ready).to(self.device)}
-                found.append(says(self.model, batch).float().cpu().numpy())
-        return np.concatenate(found)
+            for row, picture in enumerate(pictures):
+                for image in self.frames(picture):
+                    ready.append(fitted(image, self.model.front_end))
+                    rows.append(row)
+                    if len(ready) == self.batch_size:
+                        found.append(self._batch(ready, says))
+                        ready = []
+            if ready:
+                found.append(self._batch(ready, says))
+        if not rows:
+            raise DataError("no picture was given")
+        outputs = np.concatenate(found)
+        total = np.zeros((rows[-1] + 1, *outputs.shape[1:]), outputs.dtype)
+        np.add.at(total, rows, outputs)
+        return total / np.bincount(rows).astype(outputs.dtype)[:, None]
+
+    def _batch(self, ready: Sequence[Tensor], says) -> np.ndarray:
+        return says(self.model, {"image": torch.stack(list(ready)).to(self.device)}).float().cpu().numpy()
 
 
 def _several(pictures: Any) -> bool:

@@ -1,7 +1,7 @@
 """From pictures to labels: the task model (normalisation, backbone, head), its loss and its scores."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -150,7 +150,8 @@ class ImageDomain(Domain):
         self.memory = Memory()
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> ImageModel:
-        given = {k: v for k, v in recipe.front_end.items() if k != "tta" and v is not None}
+        own = {f.name for f in fields(FrontEnd)}
+        given = {k: v for k, v in recipe.front_end.items() if k in own and v is not None}
         backbone, front = load(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **given)
         model = ImageModel(backbone, front, len(classes), HeadSettings(**recipe.head)).eval()
         model.classes = tuple(classes)  # for pictures of the report

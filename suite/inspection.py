@@ -107,6 +107,7 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         for fold in split(manifest, data.test, data.val, data.cv, recipe.seeds[0], data.shots):
             folds.append(fold)
             warnings += fold.notes
+        warnings += domain.doubts(recipe, manifest, folds) if not bad or data.skip_bad else []
     except DataError as e:
         problems.append(str(e))
     found = {

@@ -23,7 +23,8 @@ from adaptsuite.errors import DataError, UsageError, nearest
 if TYPE_CHECKING:
     import numpy as np
 
-TASKS = ("multiclass", "multilabel", "free")
+LABELLED = ("multiclass", "multilabel")  # tasks whose classes are the labels
+TASKS = (*LABELLED, "segmentation", "free")
 PARTS = ("train", "val", "test")
 VAL_SHARE = 0.15
 
@@ -34,7 +35,7 @@ class Row:
 
     path: Path  # absolute, links resolved
     rel: str  # as the table has it: relative to the manifest's folder
-    labels: tuple[str, ...]  # one for multiclass, any number for multilabel (background has none), none or one for free
+    labels: tuple[str, ...]  # one for multiclass, any number for multilabel (background has none), none or one else
     line: int = 0  # in the table, the header is line 1; 0 in a folder of classes
     extra: Mapping[str, str] = field(default_factory=dict)  # every other column, as text
     files: Mapping[str, Path] = field(default_factory=dict)  # columns that name further files, where not empty
@@ -54,7 +55,7 @@ class Manifest:
     """The rows, and what holds for all of them."""
 
     rows: tuple[Row, ...]
-    classes: tuple[str, ...]  # sorted; a row's target is the position here
+    classes: tuple[str, ...]  # sorted: a row's target is the position here; segmentation: of mask values 1, 2, ...
     root: Path
     source: Path  # the CSV, or the folder of classes
     task: str = "multiclass"
@@ -90,7 +91,7 @@ class Manifest:
         kept = self.subset(i for i in range(len(self)) if i not in bad)
         skipped = ({"path": self.rows[i].rel, "row": self.where(self.rows[i]), "reason": why} for i, why in bad.items())
         note = f"{len(bad)} of {len(self)} rows were left out: their files cannot be used"
-        classes = _classes(kept.rows, self.task)
+        classes = _classes(kept.rows, self.task) if self.task in LABELLED else self.classes
         return replace(kept, classes=classes, notes=(*self.notes, note), skipped=(*self.skipped, *skipped))
 
     def column(self, name: str) -> list[str]:
@@ -107,8 +108,8 @@ class Manifest:
         """
         import numpy as np
 
-        if self.task == "free":
-            raise UsageError("task 'free' has no classes, so no targets")
+        if self.task not in LABELLED:
+            raise UsageError(f"task {self.task!r}: no classes, so no targets")
         classes = self.classes if classes is None else classes
         index = {name: i for i, name in enumerate(classes)}
         for row in self.rows:
@@ -139,12 +140,16 @@ def load_manifest(
     columns: Sequence[str] = (),
     files: Sequence[str] = (),
     suffixes: Sequence[str] = (),
+    folders: bool = False,
+    classes: Sequence[str] = (),
 ) -> Manifest:
     """Read a CSV, the `manifest.csv` of a folder, or a folder of classes (`dog/…/1.WAV`, also below train, val, test).
 
-    task: `multiclass` (one label), `multilabel` (`a;b`; rows of one file are joined), `free` (text, volumes: any label,
-    any number of rows a file). columns: further ones that must be there. files: columns whose cells name files, as
-    `mask`; a cell may be empty. suffixes: which files of a folder of classes count, in any case; none: all.
+    task: `multiclass` (one label), `multilabel` (`a;b`; rows of one file are joined), `segmentation` (any label or
+    none, one row a file), `free` (text, volumes: as that, any number of rows a file). columns: further ones that must
+    be there. files: columns whose cells name files, as `mask`; a cell may be empty. suffixes: which files of a folder
+    of classes count, in any case; none: all. classes: what the values 1, 2, ... of masks are called.
+    folders: `path` may also name a folder, which then is one sample (a DICOM series).
     """
     path = Path(path)
     if task not in TASKS:
@@ -155,18 +160,19 @@ def load_manifest(
     if not table.is_file():
         raise DataError(f"{path} does not exist: a CSV with path,label or a folder of classes is expected")
     header, cells = _read_table(table)
-    for name in ("path", *(("label",) if task != "free" else ()), *columns, *files):
+    for name in ("path", *(("label",) if task in LABELLED else ()), *columns, *files):
         if name not in header:
             raise DataError(
                 f"{table.name} has no column {name!r}, its header is {', '.join(map(repr, header))}: "
                 f"{nearest(name, header)}"
             )
     root = table.parent.resolve()
-    rows = [_row(root, f"{table.name} line {line}", line, values, task, files) for line, values in cells]
+    rows = [_row(root, f"{table.name} line {line}", line, values, task, files, folders) for line, values in cells]
     rows = _without_repeats(table, rows, task)
     if not rows:
         raise DataError(f"{table.name} has a header and no rows")
-    return Manifest(tuple(rows), _classes(rows, task), root, table, task, tuple(header))
+    classes = _classes(rows, task) if task in LABELLED else tuple(classes)
+    return Manifest(tuple(rows), classes, root, table, task, tuple(header))
 
 
 def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -203,14 +209,16 @@ def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]
     return header, rows
 
 
-def _row(root: Path, where: str, line: int, values: dict[str, str], task: str, files: Sequence[str]) -> Row:
-    path, rel = _inside(root, values["path"], where, "path")
+def _row(
+    root: Path, where: str, line: int, values: dict[str, str], task: str, files: Sequence[str], folders: bool
+) -> Row:
+    path, rel = _inside(root, values["path"], where, "path", folders)
     extra = {name: cell for name, cell in values.items() if name not in ("path", "label")}
     further = {name: _inside(root, values[name], where, name)[0] for name in files if values[name]}
     return Row(path, rel, _labels(values.get("label", ""), task, where), line, extra, further)
 
 
-def _inside(root: Path, cell: str, where: str, column: str) -> tuple[Path, str]:
+def _inside(root: Path, cell: str, where: str, column: str, folders: bool = False) -> tuple[Path, str]:
     """The file that a cell names, if it is a file below `root` (itself without links) also after following links."""
     if not cell.strip():
         raise DataError(f"{where}: {column!r} is empty")
@@ -221,14 +229,14 @@ def _inside(root: Path, cell: str, where: str, column: str) -> tuple[Path, str]:
     real = os.path.realpath(root / cell)
     if os.path.commonpath([real, root]) != str(root):
         raise DataError(f"{where}: {cell!r} leads outside the manifest's folder")
-    if not os.path.isfile(real):
+    if not (os.path.isfile(real) or folders and os.path.isdir(real)):
         what = "is a folder, not a file" if os.path.isdir(real) else "does not exist"
         raise DataError(f"{where}: {cell!r} {what}")
     return Path(real), Path(os.path.normpath(cell)).as_posix()
 
 
 def _labels(cell: str, task: str, where: str) -> tuple[str, ...]:
-    if task == "free":
+    if task not in LABELLED:
         return (cell,) if cell else ()
     if task == "multilabel" and not cell.strip():
         return ()
@@ -256,7 +264,8 @@ def _without_repeats(table: Path, rows: list[Row], task: str) -> list[Row]:
         if first is row:
             continue
         where = f"{table.name} line {row.line}"
-        if task == "free" or set(first.labels) & set(row.labels) or not (first.labels and row.labels):
+        repeated = set(first.labels) & set(row.labels) or not (first.labels and row.labels)
+        if task not in LABELLED or repeated:
             raise DataError(f"{where}: duplicate of line {first.line}, {row.rel!r} {row.label!r}")
         if task == "multiclass":
             raise DataError(
@@ -316,7 +325,7 @@ def _walk(folder: Path) -> Iterable[Path]:
 
 
 def _classes(rows: Iterable[Row], task: str) -> tuple[str, ...]:
-    return () if task == "free" else tuple(sorted({label for row in rows for label in row.labels}))
+    return () if task not in LABELLED else tuple(sorted({label for row in rows for label in row.labels}))
 
 
 def _nearest(word: str, choices: Iterable[str]) -> str:
@@ -520,14 +529,14 @@ def _strata(manifest: Manifest, rows: "np.ndarray") -> tuple["np.ndarray", int]:
 
     counts = Counter(label for i in rows for label in manifest.rows[i].labels)
     free = manifest.task == "free"
-    own = [() if free else manifest.rows[i].labels for i in rows]
+    own = [() if free else manifest.rows[i].labels or tuple(manifest.rows[i].files) for i in rows]
     labels = [min(names, key=lambda name: (counts[name], name), default="") for names in own]
     return np.array(labels), max(Counter(labels).values())
 
 
 def require_trainable(manifest: Manifest) -> None:
     """Raises DataError for a table that nothing can be learned from: one class, or a class with one example."""
-    if manifest.task == "free":
+    if manifest.task not in LABELLED:
         return
     seen: dict[str, list[Row]] = defaultdict(list)
     for row in manifest.rows:
@@ -578,13 +587,15 @@ def _check_fold(manifest: Manifest, fold: Fold) -> None:
     if not len(fold.train):
         raise DataError(f"{fold.name}: no row is left to train on")
     kinds = {manifest.rows[i].labels for i in fold.train}
-    if manifest.task != "free" and len(kinds) < 2:
+    if manifest.task in LABELLED and len(kinds) < 2:
         raise DataError(
             f"{fold.name}: all {len(fold.train)} training rows are {';'.join(*kinds)!r}, two classes are needed"
         )
 
 
 def _absent_from_training(manifest: Manifest, fold: Fold) -> tuple[str, ...]:
+    if manifest.task not in LABELLED:
+        return ()
     known = {label for i in fold.train for label in manifest.rows[i].labels}
     held = Counter(label for i in (*fold.val, *fold.test) for label in manifest.rows[i].labels)
     return tuple(
@@ -603,8 +614,8 @@ def few_shot(manifest: Manifest, indices: Iterable[int], shots: int, seed: int) 
 
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 1:
         raise UsageError(f"shots={shots!r} is not a whole number above 0")
-    if manifest.task == "free":
-        raise UsageError("task 'free' has no classes to draw shots of")
+    if manifest.task == "free" or not any(row.labels for row in manifest.rows):
+        raise UsageError(f"task {manifest.task!r}: there are no labels to draw shots of")
     order = np.random.default_rng(seed).permutation(np.asarray(list(indices), dtype=np.int64)).tolist()
     members: dict[str, list[int]] = defaultdict(list)
     for i in order:

@@ -1,8 +1,9 @@
 """Recipes: everything that defines a run, as a dataclass that is read from and written to TOML or JSON.
 
 Keys are strict at every level: one that nobody reads would be a setting that silently does nothing. A section of
-settings (`method_settings`, `front_end`, `augment`, `plan`, `head`) belongs to a dataclass of the method or the domain;
-`sections` maps the section's name to it, and keys and types come from its fields. Importing this needs no torch.
+settings (`method_settings`, `front_end`, `augment`, `plan`, `head`, `evidence`) belongs to a dataclass of the method or
+the domain; `sections` maps the section's name to it, and keys and types come from its fields. Importing this needs no
+torch.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ class DataSettings:
     """Which table, and how it is parted; see `adaptsuite.manifest.split`."""
 
     manifest: str = ""  # CSV, or a folder
-    task: Literal["multiclass", "multilabel", "free"] = "multiclass"
+    task: Literal["multiclass", "multilabel", "segmentation", "free"] = "multiclass"
+    classes: tuple[str, ...] = ()  # segmentation: of the values 1, 2, ... of masks; none: foreground
     test: str | None = None  # COLUMN=VALUE[,VALUE]
     val: Literal["none"] | str | None = None  # the same, or "none": go without
     cv: str | None = None  # COLUMN
@@ -52,6 +54,7 @@ class Recipe:
     plan: dict = field(default_factory=dict)
     rates: dict = field(default_factory=dict)  # method or "default" -> plan.lr where that is not set, as papers have it
     head: dict = field(default_factory=dict)
+    evidence: dict = field(default_factory=dict)  # what a domain's report shall show
     lr_grid: tuple[float, ...] = ()  # values of plan.lr of which validation rows choose one (adaptsuite.rates)
     refit: bool = False  # then train on training and validation rows together, as long as the chosen fit did best
     seeds: tuple[int, ...] = (0,)
@@ -59,7 +62,7 @@ class Recipe:
     paper: str = ""
 
 
-SECTIONS = ("method_settings", "data", "front_end", "augment", "plan", "head")
+SECTIONS = ("method_settings", "data", "front_end", "augment", "plan", "head", "evidence")
 
 
 # reading ------------------------------------------------------------------------------------------------------------

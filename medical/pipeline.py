@@ -1,0 +1,191 @@
+"""What the commands need of the medical domain: files of clinics, thresholds that validation rows chose, evidence by
+patient, and no word about one.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import nn
+
+from adaptsuite.domain import Said
+from adaptsuite.evidence import Predictions
+from adaptsuite.host import Handle
+from adaptsuite.image_task import FrontEndSettings, ImageDomain, ImageModel
+from adaptsuite.images import Picture
+from adaptsuite.manifest import Fold, Manifest, Row, load_manifest
+from adaptsuite.medical import data as files
+from adaptsuite.medical import findings, leaks
+from adaptsuite.medical.data import SUFFIXES, Frames, Reading
+from adaptsuite.medical.findings import EvidenceSettings
+from adaptsuite.recipe import DataSettings, Recipe
+
+
+@dataclass(frozen=True)
+class MedicalFrontEnd(FrontEndSettings):
+    """Section `front_end` of a recipe: that of pictures, and how files of several frames become them (Reading)."""
+
+    frames: int = Reading.frames
+    plane: Literal["axial", "coronal", "sagittal"] = Reading.plane
+    window: tuple[float, float] | None = Reading.window
+    region: bool = Reading.region
+    allow_burned_in: bool = Reading.allow_burned_in
+
+
+class MedicalDomain(ImageDomain):
+    """Pictures, DICOM and NIfTI of patients, who are the groups."""
+
+    name = "medical"
+    suffixes = SUFFIXES
+    sections = {**ImageDomain.sections, "front_end": MedicalFrontEnd, "evidence": EvidenceSettings}
+    backbones = (
+        "embedded:vision-tiny",
+        "timm:NAME, of timm.list_models()",
+        "open_clip:NAME/TAG",
+        "monai:NAME, of monai.networks.nets",
+        "file:FOLDER in timm's layout",
+        "hf:FOLDER",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.headers: dict[Path, Picture] = {}
+        self._leaks: dict[str, Any] = {}
+
+    def defaults(self, method: str) -> dict[str, dict[str, Any]]:
+        """Rates that trained well on few pictures."""
+        lr = {"full": 1e-4, "linear": 1e-3, "bitfit": 2e-3, "film": 2e-3}.get(method, 2e-3)
+        return {"method_settings": {}, "plan": {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 15}}
+
+    # ---- data
+
+    def table(self, data: DataSettings) -> Manifest:
+        return load_manifest(data.manifest, data.task, suffixes=self.suffixes, folders=True)
+
+    def model(self, recipe: Recipe, classes: Sequence[str]) -> ImageModel:
+        model = super().model(recipe, classes)
+        model.reading = reading(recipe)
+        return model
+
+    def decided(self, recipe: Recipe, model: ImageModel) -> Recipe:
+        recipe = super().decided(recipe, model)
+        return replace(recipe, front_end={**recipe.front_end, **asdict(model.reading)})
+
+    def dataset(self, model: ImageModel, paths: Sequence[Path], targets: np.ndarray | None) -> Frames:
+        return Frames(paths, targets, model.front_end, self.memory, model.reading, self.headers)
+
+    def header(self, path: Path) -> Picture:
+        if path not in self.headers:
+            self.headers[path] = files.inspect(path)
+        return self.headers[path]
+
+    def look(self, path: Path) -> dict[str, Any]:
+        return files.look(path, Reading())
+
+    def notes(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
+        return self.dataset(model, paths, None).remarks()
+
+    def describe(self, model: ImageModel) -> dict[str, Any]:
+        own = super().describe(model)
+        r = model.reading
+        window = "the file's own window" if r.window is None else f"window {r.window[0]:g}, {r.window[1]:g}"
+        several = f"{r.frames or 'all'} frames or {r.plane} slices of a file, {window}"
+        return {**own, "input": f"{own['input']}; {several}", "reading": asdict(r)}
+
+    # ---- splits
+
+    def doubts(self, recipe: Recipe, manifest: Manifest, folds: Sequence[Fold]) -> list[str]:
+        """Groups that are missing, a finding that is not named, pictures that are nearly the same in two parts."""
+        said = []
+        if "group" not in manifest.columns:
+            said.append(
+                "no column 'group': every file counts as a patient of its own, so that splits may leak and intervals "
+                "be too narrow"
+            )
+        settings = EvidenceSettings(**recipe.evidence)
+        if not findings.findings(manifest.classes, manifest.task, settings):
+            said.append(
+                f"which of {' and '.join(manifest.classes)} is the finding is not known, so no threshold is chosen: "
+                "say it with --set evidence.positive=CLASS"
+            )
+        for column in settings.subgroups:
+            manifest.column(column)
+        if settings.near_duplicates == "off":
+            return said
+        pairs = self._pairs(manifest)
+        for fold in folds:
+            parts = [""] * len(manifest)
+            for part in fold.sizes:
+                for i in getattr(fold, part):
+                    parts[i] = part
+            if settings.near_duplicates == "stop":
+                leaks.require_no_near_leak(pairs, parts, [self.shown(r) for r in manifest.rows], manifest.source.name)
+            report = leaks.leak_report(pairs, parts, [r.label for r in manifest.rows], manifest.groups())
+            self._leaks = {k: v if isinstance(v, int) else len(v) for k, v in report.items()}
+            if across := report["across_parts"]:
+                shown = "; ".join(
+                    f"{self.shown(manifest.rows[p['rows'][0]])} ({p['parts'][0]}) and "
+                    f"{self.shown(manifest.rows[p['rows'][1]])} ({p['parts'][1]}), correlation {p['correlation']:.3f}"
+                    for p in across[:3]
+                )
+                said.append(f"{fold.name}: {len(across)} pairs of nearly the same picture lie in two parts: {shown}")
+        if across := report["across_labels"]:
+            said.append(f"{len(across)} pairs of nearly the same picture have different labels: look at them")
+        return said
+
+    def _pairs(self, manifest: Manifest) -> leaks.Pairs:
+        def grey(path: Path) -> np.ndarray:
+            middle = list(files.pictures(path, Reading(frames=1)))
+            return np.asarray(middle[0].convert("L"))
+
+        return leaks.all_pairs(*leaks.scan([r.path for r in manifest.rows], grey))
+
+    # ---- evidence
+
+    def keep(self, recipe: Recipe, manifest: Manifest, outputs: np.ndarray) -> dict[str, Any]:
+        return findings.decide(manifest, manifest.classes, outputs, EvidenceSettings(**recipe.evidence))
+
+    def evidence(
+        self, recipe: Recipe, manifest: Manifest, said: Sequence[Said], part: str, out: Path | None
+    ) -> list[dict[str, Any]]:
+        if not said:
+            return []
+        settings, classes = EvidenceSettings(**recipe.evidence), manifest.classes
+        splits = [
+            {"part": part, "rows": len(s.manifest), "patients": len(set(s.manifest.groups())), "run": s.name}
+            for s in said
+        ]
+        found = findings.sections(said, classes, settings, part, splits, self._leaks, out)
+        calibrated = findings.reliability(said, classes)
+        return found + ([calibrated] if calibrated else [])
+
+    def shown(self, row: Row) -> str:
+        """A row by its line, or a hash: names of files may be those of patients."""
+        return f"line {row.line}" if row.line else f"file {hashlib.sha256(row.rel.encode()).hexdigest()[:10]}"
+
+    def predictions(
+        self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray, runs: Sequence[str] | None = None
+    ) -> Predictions | None:
+        said = super().predictions(manifest, classes, outputs, runs)
+        if said is None or said.groups is None:
+            return said
+        codes = np.unique(np.asarray(said.groups), return_inverse=True)[1]
+        return replace(said, groups=[f"P{code + 1:04d}" for code in codes])
+
+    def extra(self, handle: Handle, dataset: Frames, outputs: np.ndarray | None) -> list[dict[str, Any]]:
+        """Pictures of the rows that it was most sure of, right and wrong."""
+        from adaptsuite.medical.pictures import examples
+
+        return [] if outputs is None else examples(dataset, outputs, handle.model.classes)
+
+
+def reading(recipe: Recipe) -> Reading:
+    """What the recipe says of files with several frames."""
+    own = {f.name for f in fields(Reading)}
+    return Reading(**{k: v for k, v in recipe.front_end.items() if k in own})
+
+
+DOMAIN = MedicalDomain()
