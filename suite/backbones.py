@@ -1,12 +1,17 @@
-"""Backbones by name: SOURCE:NAME with the sources timm, hf, open_clip, monai, torchaudio, embedded and file.
+"""Backbones by name: SOURCE:NAME[?OPTION=VALUE&...][@FILE], of timm, hf, open_clip, monai, torchaudio, embedded, file.
 
 `hf:` takes a hub id or a local folder in the hub's layout; `file:` a folder of either transformers' or timm's layout;
-`embedded:` the small backbones that ship with a domain. Each loaded model carries `adaptsuite_source`, which binds
-adapters to the values the source stores.
+`embedded:` the small backbones that ship with a domain; `open_clip:` MODEL/TAG, or the path of a JSON file with its
+`embed_dim`, `vision_cfg` and `text_cfg`. Options go to the source's constructor (`?img_size=96,96,96&in_channels=1`);
+@FILE gives timm, open_clip and monai models the weights of a local file (adaptsuite.weights). Each loaded model carries
+`adaptsuite_source`, which binds adapters to the values the source stores.
 """
 
 import importlib
 import json
+import re
+import tomllib
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from torch import nn
 
 from adaptsuite.errors import ResourceError, UsageError, nearest
 from adaptsuite.identity import Source, fingerprint
+from adaptsuite.weights import SUFFIXES, fit_weights, read_weights, swin_unetr_layout
 
 SOURCES = ("timm", "hf", "open_clip", "monai", "torchaudio", "embedded", "file")
 
@@ -30,16 +36,61 @@ def parse_backbone(name: str) -> tuple[str, str]:
     return source, rest
 
 
-def load_backbone(name: str, *, random_weights: bool = False, seed: int = 0, **options: Any) -> nn.Module:
+def parse_options(rest: str) -> tuple[str, dict[str, Any], str | None]:
+    """("ViT", {"img_size": (96, 96, 96)}, "vit.pt") of "ViT?img_size=96,96,96@vit.pt"; values as TOML has them."""
+    ends = "|".join(re.escape(suffix) for suffix in SUFFIXES)
+    found = re.fullmatch(rf"(?P<name>.*?)(\?(?P<options>.*?))?(@(?P<weights>.*(?:{ends})))?", rest)
+    options = {}
+    for setting in filter(None, (found["options"] or "").split("&")):
+        key, equals, value = setting.partition("=")
+        if not key or not equals:
+            raise UsageError(f"backbone option {setting!r} is not of the form key=value")
+        options[key] = _value(value)
+    return found["name"], options, found["weights"]
+
+
+def _value(text: str) -> Any:
+    for form in (text, f"[{text}]", json.dumps(text)) if "," in text else (text, json.dumps(text)):
+        try:
+            value = tomllib.loads(f"value = {form}")["value"]
+        except tomllib.TOMLDecodeError:
+            continue
+        return tuple(value) if isinstance(value, list) else value
+
+
+def load_backbone(
+    name: str,
+    *,
+    random_weights: bool = False,
+    seed: int = 0,
+    part: Callable[[nn.Module], nn.Module] = lambda model: model,
+    **options: Any,
+) -> nn.Module:
     """The model without its task head, in eval mode and float32, with `adaptsuite_source`.
 
-    options go to the source's own constructor (image size, channels ...).  random_weights: the architecture alone,
-    seeded.  Raises UsageError for an unknown name and ResourceError where a hub cannot be reached.
+    options go to the source's own constructor (image size, channels ...), after those of the name.  random_weights: the
+    architecture alone, seeded.  part: what of the model is wanted, such as one of two towers.  Children that a file has
+    no weights for are named in `adaptsuite_untrained`.
+    Raises UsageError for an unknown name or option and ResourceError where a hub cannot be reached.
     """
     source, rest = parse_backbone(name)
+    rest, named, weights = (rest, {}, None) if source == "file" else parse_options(rest)
+    if weights and source not in ("timm", "open_clip", "monai"):
+        raise UsageError(f"backbone {name!r}: weights of a file (@FILE) are for timm, open_clip and monai")
+    if weights and random_weights:
+        raise UsageError(f"backbone {name!r} names a file of weights and shall have random ones: choose one")
+    state = read_weights(weights) if weights else None
+    options = {**named, **options}
+    if state is not None:
+        options["state"] = state
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _LOADERS[source](rest, random_weights, options)
+        try:
+            model = part(_LOADERS[source](rest, random_weights, options))
+        except TypeError as e:
+            if not options:
+                raise
+            raise UsageError(f"backbone {name!r}: {' '.join(str(e).split())}") from e
     return bind(model, f"{name} (random weights, seed {seed})" if random_weights else name)
 
 
@@ -54,8 +105,23 @@ def _timm(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module
 
     if not name.startswith("hf-hub:") and name.partition(".")[0] not in timm.list_models():
         raise UsageError(f"timm has no model {name!r}; {nearest(name.partition('.')[0], timm.list_models())}")
+    state = options.pop("state", None)
     with _hub(f"timm:{name}"):
-        return timm.create_model(name, pretrained=not random_weights, num_classes=0, **options)
+        model = timm.create_model(name, pretrained=not random_weights and state is None, num_classes=0, **options)
+    if state is not None:
+        _fit_timm(model, state, f"timm:{name}")
+    return model
+
+
+def _fit_timm(model: nn.Module, state: dict, where: str) -> None:
+    """Loads any layout that timm knows, resized to the model; strictly, where timm itself passes over tensors."""
+    layouts = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    with _hub(where):
+        state = layouts(state, model) if layouts is not None else state
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{c}." for c in ((classifiers,) if isinstance(classifiers, str) else classifiers))
+    own = model.state_dict()
+    fit_weights(model, {k: v for k, v in state.items() if k in own or not k.startswith(heads)}, where)
 
 
 def _hf(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
@@ -69,7 +135,11 @@ def _hf(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
             raise UsageError(f"hf:{name}: a folder in the hub's layout is expected, it has no config.json")
         _refuse_pickle(folder, random_weights)
     with _hub(f"hf:{name}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
+        config, unknown = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, return_unused_kwargs=True, **options
+        )
+        if unknown:
+            raise UsageError(f"hf:{name}: {type(config).__name__} has no option {', '.join(unknown)}")
         if random_weights:
             return AutoModel.from_config(config, trust_remote_code=False)
         return AutoModel.from_pretrained(
@@ -80,14 +150,67 @@ def _hf(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
 def _open_clip(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
     import open_clip
 
-    model, _, tag = name.partition("/")
-    if model not in open_clip.list_models():
-        raise UsageError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())}")
-    if not random_weights and not tag:
-        tags = open_clip.list_pretrained_tags_by_model(model)
-        raise UsageError(f"open_clip:{model} needs a checkpoint, as open_clip:{model}/TAG; there is: {', '.join(tags)}")
-    with _hub(f"open_clip:{name}"):
-        return open_clip.create_model(model, pretrained=None if random_weights else tag, **options)
+    state = options.pop("state", None)
+    if name.endswith(".json"):
+        if state is None and not random_weights:
+            raise UsageError(f"open_clip:{name} is an architecture: add @FILE of weights, or --random-weights")
+        model = _open_clip_of(Path(name), options)
+    else:
+        model, _, tag = name.partition("/")
+        if model not in open_clip.list_models():
+            raise UsageError(f"open_clip has no model {model!r}; {nearest(model, open_clip.list_models())}")
+        if not random_weights and not tag and state is None:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+            raise UsageError(f"open_clip:{model} needs a checkpoint, as open_clip:{model}/TAG; there is: {tags}")
+        fresh = random_weights or state is not None
+        with _hub(f"open_clip:{name}"):
+            model = open_clip.create_model(model, pretrained=None if fresh else tag, **options)
+    if state is not None:
+        model.adaptsuite_untrained = _fit_open_clip(model, state, f"open_clip:{name}")
+    return model
+
+
+def _open_clip_of(path: Path, options: dict[str, Any]) -> nn.Module:
+    """The architecture of a JSON file in open_clip's layout; or in its hub's, which has the preprocessing beside it."""
+    from dataclasses import asdict
+
+    from open_clip.coca_model import CoCa
+    from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
+    from open_clip.transform import PreprocessCfg
+
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UsageError(f"open_clip:{path}: not readable as JSON ({e})") from e
+    config = {**(read.get("model_cfg", read) if isinstance(read, dict) else {}), **options}
+    if missing := [k for k in ("embed_dim", "vision_cfg", "text_cfg") if k not in config]:
+        raise UsageError(f"open_clip:{path}: {', '.join(missing)} is missing")
+    custom = config.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    kind = CoCa if "multimodal_cfg" in config else CustomTextCLIP if custom else CLIP
+    with _hub(f"open_clip:{path}"):
+        model = kind(**config)
+    size = {"size": getattr(model.visual, "image_size", PreprocessCfg.size)}
+    set_model_preprocess_cfg(model, {**asdict(PreprocessCfg()), **read.get("preprocess_cfg", {}), **size})
+    return model
+
+
+def _fit_open_clip(model: nn.Module, state: dict, where: str) -> list[str]:
+    """Loads any layout that open_clip knows, whole or the image tower alone; positions are resized."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    if "conv1.weight" in state:
+        state = {f"visual.{k}": v for k, v in state.items()}
+    elif not all(k.startswith("visual.") for k in state):
+        state = convert_state_dict(model, state)
+        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
+        for k in ("logit_scale", "logit_bias"):  # scalars here, one value there
+            if k in state and getattr(model, k, None) is not None:
+                state[k] = state[k].reshape(getattr(model, k).shape)
+        resize_text_pos_embed(state, model)
+    resize_pos_embed(state, model)
+    return fit_weights(model, state, where, part="visual.")
 
 
 def _monai(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
@@ -96,9 +219,25 @@ def _monai(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Modul
     known = [n for n in dir(nets) if isinstance(getattr(nets, n), type) and issubclass(getattr(nets, n), nn.Module)]
     if name not in known:
         raise UsageError(f"monai has no network {name!r}; {nearest(name, known)}")
-    if not random_weights:
-        raise UsageError(f"monai:{name} is an architecture without weights: only --random-weights can be had")
-    return getattr(nets, name)(**options)
+    state = options.pop("state", None)
+    if not random_weights and state is None:
+        raise UsageError(f"monai:{name} is an architecture: add @FILE of weights, or --random-weights")
+    if name == "ViT":  # its default ends the head in a Tanh, which no loss on logits expects
+        options = {"post_activation": None, **options}
+    if name == "MILModel":  # its default downloads
+        options = {"pretrained": False, **options}
+    try:
+        model = getattr(nets, name)(**options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UsageError(f"monai:{name}: {reason}; options are given as monai:{name}?KEY=VALUE&...") from e
+    if state is not None:
+        swin = name == "SwinUNETR"
+        state = swin_unetr_layout(state) if swin else state
+        own = model.state_dict()  # files of older versions have a cross-attention in every block
+        state = {k: v for k, v in state.items() if k in own or ".cross_attn." not in k}
+        model.adaptsuite_untrained = fit_weights(model, state, f"monai:{name}", part="swinViT." if swin else "")
+    return model
 
 
 def _torchaudio(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
@@ -122,9 +261,14 @@ def shipped(domain: str, name: str) -> tuple[bytes, dict[str, Any]]:
         names = [p.name.removesuffix(".safetensors") for p in folder.iterdir() if p.name.endswith(".safetensors")]
         raise UsageError(f"embedded:{name} is unknown; {nearest(name, names)}")
     data = weights.read_bytes()
+    return data, record_of(data)
+
+
+def record_of(data: bytes) -> dict[str, Any]:
+    """What the metadata of a safetensors file says in JSON."""
     length = int.from_bytes(data[:8], "little")
     said = json.loads(data[8 : 8 + length])["__metadata__"]
-    return data, {key: json.loads(value) for key, value in said.items() if value.startswith("{")}
+    return {key: json.loads(value) for key, value in said.items() if value.startswith("{")}
 
 
 def _embedded(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
@@ -137,6 +281,8 @@ def _embedded(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Mo
         module = importlib.import_module(f"adaptsuite.{domain}.backbones")
     except ModuleNotFoundError as e:
         raise UsageError(f"embedded:{name}: domain {domain} has no embedded backbone") from e
+    if options:
+        raise UsageError(f"embedded:{name} has no options: {', '.join(options)}")
     return module.embedded(name, random_weights)
 
 

@@ -23,6 +23,9 @@ class Seen:
 
 def see(backbone: nn.Module, image: Tensor, own: bool = False) -> Seen:
     """Features of normalised images (B, 3, H, W), after the final norm; own: also what the backbone itself pools."""
+    library = type(backbone).__module__.partition(".")[0]
+    if library in ("open_clip", "monai"):
+        return (_see_open_clip if library == "open_clip" else _see_monai)(backbone, image, own)
     if not hasattr(backbone, "forward_features"):  # transformers
         tokens = backbone(pixel_values=image).last_hidden_state
         prefix = 0 if tokens.ndim == 4 else num_prefix(backbone)
@@ -39,6 +42,23 @@ def see(backbone: nn.Module, image: Tensor, own: bool = False) -> Seen:
     return Seen(x[:, :prefix], x[:, prefix:], pooled)
 
 
+def _see_open_clip(tower: nn.Module, image: Tensor, own: bool) -> Seen:
+    """own: the embedding that texts are compared with, of another width than the tokens."""
+    normed = tower.attn_pool is None  # else the norm stands behind the pooling
+    found = tower.forward_intermediates(
+        image, 1, normalize_intermediates=normed, intermediates_only=not own, output_fmt="NLC", output_extra_tokens=True
+    )
+    (prefix,), (patches,) = found["image_intermediates_prefix"], found["image_intermediates"]
+    return Seen(prefix, patches, found.get("image_features"))
+
+
+def _see_monai(vit: nn.Module, image: Tensor, own: bool) -> Seen:
+    """MONAI's ViT returns a tuple, whose first item is the head's output where there is a head."""
+    tokens, hidden = vit(image)
+    tokens, prefix = (vit.norm(hidden[-1]), 1) if vit.classification else (tokens, 0)
+    return Seen(tokens[:, :prefix], tokens[:, prefix:], tokens[:, 0] if prefix else tokens.mean(1))
+
+
 def num_prefix(backbone: nn.Module) -> int:
     """CLS, distillation and register tokens in front of the patches."""
     if isinstance(known := getattr(backbone, "num_prefix_tokens", None), int):
@@ -48,9 +68,16 @@ def num_prefix(backbone: nn.Module) -> int:
     return next((c.num_prefix_tokens for c in component_info(backbone)), 0)
 
 
-def width(backbone: nn.Module) -> int:
-    """D of the features."""
-    known = getattr(backbone, "num_features", None) or getattr(getattr(backbone, "config", None), "hidden_size", None)
+def width(backbone: nn.Module, part: str = "cls") -> int:
+    """D of the tokens, or of what the backbone itself pools (part "own")."""
+    config = getattr(backbone, "config", None)
+    known = getattr(backbone, "num_features", None) or getattr(config, "hidden_size", None)
+    if part == "own":
+        known = getattr(backbone, "head_hidden_size", None) or getattr(backbone, "output_dim", None) or known
+    if not known and type(backbone).__name__ in ("VisionTransformer", "ViT"):  # of open_clip, of MONAI
+        from adaptsuite.sites import find_sites
+
+        known = find_sites(backbone, "block")[-1].dim
     if not known:
         raise UsageError(f"{type(backbone).__name__} does not tell the width of its features")
     return known

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from adaptsuite.backbones import load_backbone
 from adaptsuite.errors import UsageError
 from adaptsuite.features import see
+from adaptsuite.sites import example_input
 
-Fit = Literal["squash", "crop"]
+Fit = Literal["squash", "crop", "pad"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest"]
 
 
@@ -24,7 +26,9 @@ class FrontEnd:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: Interpolation = "bicubic"
     ratio: float = 1.0  # a picture is resized to `ratio` x the input's size; the input is a crop of that
-    fit: Fit = "crop"  # crop: the short side is fitted and the middle kept; squash: both sides, whatever their ratio
+    # crop: the short side is fitted and the middle kept; squash: both sides, whatever their ratio; pad: the long side
+    # is fitted, the rest is black
+    fit: Fit = "crop"
 
     def __post_init__(self) -> None:
         if self.ratio < 1:
@@ -39,10 +43,13 @@ class FrontEnd:
 
 
 def own_front_end(backbone: nn.Module) -> FrontEnd:
-    """What the backbone's own configuration says: timm's `pretrained_cfg`, or an image processor's settings."""
+    """What the backbone's own configuration says: timm's `pretrained_cfg`, or open_clip's `preprocess_cfg`."""
     given = getattr(backbone, "adaptsuite_front_end", None)
     if given is not None:
         return FrontEnd(**given)
+    if type(backbone).__module__.startswith("monai."):
+        (image,), _ = example_input(backbone)
+        return FrontEnd(size=tuple(image.shape[-2:]))
     if not getattr(backbone, "pretrained_cfg", None):
         return FrontEnd()
     from timm.data import resolve_model_data_config
@@ -58,6 +65,40 @@ def own_front_end(backbone: nn.Module) -> FrontEnd:
     )
 
 
+class NotForPictures(UsageError):
+    """A network that takes no pictures, or gives no tokens to read: volumes, bags, maps."""
+
+
+def image_tower(model: nn.Module) -> nn.Module:
+    """The model; of one with towers for images and texts the image tower, which knows its preprocessing.
+
+    Raises NotForPictures for a tower that is no transformer, and for networks that do not read pictures of 3 channels.
+    """
+    kind, library = type(model).__name__, type(model).__module__.partition(".")[0]
+    if library == "monai":
+        embed = getattr(getattr(model, "patch_embedding", None), "patch_embeddings", None)
+        if kind != "ViT" or not isinstance(embed, nn.Conv2d) or embed.in_channels != 3:
+            raise NotForPictures(
+                f"monai's {kind} as it is here reads no pictures into tokens; "
+                "a ViT does: monai:ViT?spatial_dims=2&in_channels=3&img_size=224,224&patch_size=16,16"
+            )
+    if library != "open_clip" or not hasattr(model, "visual"):
+        return model
+    tower, config = model.visual, model.visual.preprocess_cfg
+    tower = getattr(tower, "trunk", tower)  # open_clip's wrapper of a timm model
+    if not hasattr(tower, "forward_features") and not hasattr(tower, "transformer"):
+        raise NotForPictures(f"open_clip's {type(tower).__name__} is no transformer: its features cannot be read here")
+    size = config["size"]
+    tower.adaptsuite_front_end = {
+        "size": (size, size) if isinstance(size, int) else tuple(size),
+        "mean": tuple(config["mean"]),
+        "std": tuple(config["std"]),
+        "interpolation": config["interpolation"],
+        "fit": {"shortest": "crop", "longest": "pad"}.get(config["resize_mode"], "squash"),
+    }
+    return tower
+
+
 def load(
     name: str,
     *,
@@ -67,7 +108,7 @@ def load(
     **changes: object,
 ) -> tuple[nn.Module, FrontEnd]:
     """A backbone for images of `size` (None: as it was trained), and how it sees. changes: other fields of FrontEnd."""
-    backbone = load_backbone(name, random_weights=random_weights, seed=seed)
+    backbone = load_backbone(name, random_weights=random_weights, seed=seed, part=image_tower)
     own = own_front_end(backbone)
     size = own.size if size is None else (size, size) if isinstance(size, int) else tuple(size)
     front = replace(own, size=size, **changes)
@@ -82,8 +123,9 @@ def with_size(backbone: nn.Module, size: tuple[int, int]) -> None:
     Raises UsageError for a size that it would cut off or cannot take.
     """
     embed, name = getattr(backbone, "patch_embed", None), type(backbone).__name__
-    sides = getattr(embed, "feat_ratio", None)
-    for side, step in zip(size, sides(as_scalar=False) if sides else (1, 1), strict=True):
+    sides, open_clip = getattr(embed, "feat_ratio", None), hasattr(backbone, "ln_post")
+    steps = sides(as_scalar=False) if sides else backbone.patch_size if open_clip else (1, 1)
+    for side, step in zip(size, steps, strict=True):
         if side < step or side % step:
             raise UsageError(f"image size {_by(size)}: this {name} cuts patches of {step}, multiples of it are needed")
     before = {k: v.shape for k, v in backbone.state_dict().items()}
@@ -91,6 +133,8 @@ def with_size(backbone: nn.Module, size: tuple[int, int]) -> None:
         with torch.no_grad():
             if hasattr(backbone, "set_input_size"):
                 backbone.set_input_size(img_size=size)
+            if open_clip:
+                _resample_positions(backbone, size)
             _see_shapes(backbone, size)
     except (AssertionError, RuntimeError, ValueError) as e:
         raise UsageError(f"image size {_by(size)}: this {name} cannot take it ({_line(e)})") from e
@@ -98,6 +142,16 @@ def with_size(backbone: nn.Module, size: tuple[int, int]) -> None:
     after = {k: list(v.shape) for k, v in backbone.state_dict().items()}
     if source is not None:
         source.resized.update({k: shape for k, shape in after.items() if list(before.get(k, ())) != shape})
+
+
+def _resample_positions(tower: nn.Module, size: tuple[int, int]) -> None:
+    from open_clip.model import resize_pos_embed
+
+    tower.image_size, key = size, "visual.positional_embedding"
+    tower.grid_size = tuple(side // step for side, step in zip(size, tower.patch_size, strict=True))
+    state = {key: tower.positional_embedding.detach()}
+    resize_pos_embed(state, SimpleNamespace(visual=tower))
+    tower.positional_embedding = nn.Parameter(state[key])
 
 
 def _see_shapes(backbone: nn.Module, size: tuple[int, int]) -> None:

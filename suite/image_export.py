@@ -46,7 +46,7 @@ def _graph(write: Callable[..., float]) -> Writer:
 
 def _prepared(job: Job) -> str:
     front = job.model.front_end
-    how = "resized to" if front.fit == "squash" else "its short side fitted to"
+    how = {"squash": "resized to", "pad": "padded with black to"}.get(front.fit, "its short side fitted to")
     return f"{how} {front.resized[0]} x {front.resized[1]} ({front.interpolation}), then the middle"
 
 
@@ -111,7 +111,7 @@ def _config(job: Job, name: str) -> dict[str, Any]:
             "fixed_input_size": bool(arguments),
             "interpolation": front.interpolation,
             "crop_pct": 1 / front.ratio,
-            "crop_mode": "squash" if front.fit == "squash" else "center",
+            "crop_mode": {"squash": "squash", "pad": "border"}.get(front.fit, "center"),
             "mean": list(front.mean),
             "std": list(front.std),
             "num_classes": len(job.labels),

@@ -13,7 +13,7 @@ class LinearHead(nn.Linear):
 
     def __init__(self, backbone: nn.Module, num_classes: int, pool: str):
         parts = pool_parts(pool, backbone)
-        super().__init__(width(backbone) * len(parts), num_classes)
+        super().__init__(sum(width(backbone, part) for part in parts), num_classes)
         self.pool = parts
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
@@ -32,7 +32,7 @@ class LayersHead(nn.Module):
 
     def __init__(self, backbone: nn.Module, num_classes: int):
         super().__init__()
-        if not hasattr(backbone, "forward_intermediates") or not num_prefix(backbone):
+        if not all(hasattr(backbone, name) for name in ("forward_intermediates", "blocks")) or not num_prefix(backbone):
             raise UsageError(
                 f"head.kind=ifa reads the CLS tokens of a timm transformer's blocks, {type(backbone).__name__} has none"
             )

@@ -32,7 +32,7 @@ class FrontEndSettings:
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
     ratio: float | None = None  # a picture is resized to so many times the input's size, then cropped
-    fit: Fit | None = None  # crop (the short side is fitted) or squash (both sides are)
+    fit: Fit | None = None  # crop (the short side is fitted), squash (both sides are) or pad (the long side is)
     tta: Literal["none", "flip", "five_crop", "ten_crop"] = "none"  # views whose scores are averaged
 
     def __post_init__(self) -> None:

@@ -133,6 +133,8 @@ def fitted(image: Any, front: FrontEnd) -> Tensor:
 
 # ---- evaluation
 
+    elif front.fit == "pad":
+        image = ImageOps.pad(image, (width, height), method)
 
 def crop(image: Tensor, size: tuple[int, int], top: int | None = None, left: int | None = None) -> Tensor:
     """A window of (..., H, W) pictures; without a corner their middle."""
