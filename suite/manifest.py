@@ -159,7 +159,7 @@ def load_manifest(
     table = path / "manifest.csv" if path.is_dir() else path
     if not table.is_file():
         raise DataError(f"{path} does not exist: a CSV with path,label or a folder of classes is expected")
-    header, cells = _read_table(table)
+    header, cells = read_table(table)
     for name in ("path", *(("label",) if task in LABELLED else ()), *columns, *files):
         if name not in header:
             raise DataError(
@@ -175,7 +175,7 @@ def load_manifest(
     return Manifest(tuple(rows), classes, root, table, task, tuple(header))
 
 
-def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The header, and the cells with the line on which each row starts."""
     try:
         raw = table.read_bytes()
@@ -212,13 +212,13 @@ def _read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]
 def _row(
     root: Path, where: str, line: int, values: dict[str, str], task: str, files: Sequence[str], folders: bool
 ) -> Row:
-    path, rel = _inside(root, values["path"], where, "path", folders)
+    path, rel = inside(root, values["path"], where, "path", folders)
     extra = {name: cell for name, cell in values.items() if name not in ("path", "label")}
-    further = {name: _inside(root, values[name], where, name)[0] for name in files if values[name]}
+    further = {name: inside(root, values[name], where, name)[0] for name in files if values[name]}
     return Row(path, rel, _labels(values.get("label", ""), task, where), line, extra, further)
 
 
-def _inside(root: Path, cell: str, where: str, column: str, folders: bool = False) -> tuple[Path, str]:
+def inside(root: Path, cell: str, where: str, column: str, folders: bool = False) -> tuple[Path, str]:
     """The file that a cell names, if it is a file below `root` (itself without links) also after following links."""
     if not cell.strip():
         raise DataError(f"{where}: {column!r} is empty")
@@ -301,7 +301,7 @@ def _read_folder(root: Path, task: str, suffixes: Sequence[str], columns: Sequen
                 )
             for file in found:
                 cell = file.relative_to(root).as_posix()
-                path, rel = _inside(root, cell, root.name, "path")
+                path, rel = inside(root, cell, root.name, "path")
                 rows.append(Row(path, rel, _labels(folder.name, task, cell), extra={"split": part} if part else {}))
     if not rows:
         raise DataError(f"{root} holds neither manifest.csv nor folders of classes with files in them")
