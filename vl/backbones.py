@@ -1,0 +1,67 @@
+"""The small image and text encoders that ship with the package, each pretrained without the other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptsuite.backbones import shipped
+from adaptsuite.vl.tokenizer import WordTokenizer
+
+
+class EncoderPair(nn.Module):
+    """An image encoder (timm VisionTransformer) and a text encoder (transformers BertModel) that know nothing of each
+    other: binding words to the image is left to what is put on top of them.
+
+    `tokenizer` belongs to the text encoder, `mean` and `std` to the image encoder.
+    """
+
+    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, tokenizer: WordTokenizer, front_end: dict):
+        super().__init__()
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.tokenizer = tokenizer
+        self.adaptsuite_front_end = image_encoder.adaptsuite_front_end = {k: tuple(v) for k, v in front_end.items()}
+
+    def normalised(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) as the image encoder takes it, of uint8 pictures or of values in [0, 1]."""
+        mean, std = (torch.tensor(self.adaptsuite_front_end[k], device=image.device) for k in ("mean", "std"))
+        unit = image.float() / 255 if image.dtype == torch.uint8 else image
+        return (unit - mean[:, None, None]) / std[:, None, None]
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(B, 1 + patches, D): CLS, which sums the picture up, then patches by row. image: as `normalised` takes."""
+        return self.image_encoder.forward_features(self.normalised(image))
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T, D) of padded rows, as the tokenizer gives them."""
+        return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode_image(image), self.encode_text(input_ids, attention_mask)
+
+
+def embedded(name: str, random_weights: bool = False) -> EncoderPair:
+    """The pair that ships as `name`, in the precision that its file stores. random_weights: fresh ones instead.
+
+    Raises UsageError for another name.
+    """
+    from safetensors.torch import load
+
+    data, record = shipped("vl", name)
+    pair = encoder_pair(record)
+    if not random_weights:
+        state = load(data)
+        pair.to(next(iter(state.values())).dtype).load_state_dict(state)
+    return pair
+
+
+def encoder_pair(record: dict[str, Any]) -> EncoderPair:
+    """With fresh weights. record: {"image": VisionTransformer's arguments, "text": BertConfig's, "tokenizer",
+    "front_end": {"size", "mean", "std"}}. Pictures of any size in whole patches fit, positions are interpolated."""
+    from timm.models.vision_transformer import VisionTransformer
+    from transformers import BertConfig, BertModel
+
+    tokenizer = WordTokenizer.of(record["tokenizer"])
+    image = VisionTransformer(num_classes=0, dynamic_img_size=True, **record["image"])
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=tokenizer.max_length, **record["text"])
+    return EncoderPair(image, BertModel(config, add_pooling_layer=False), tokenizer, record["front_end"])
