@@ -1,13 +1,11 @@
 """The small vision backbones that ship with the package."""
 
-import json
 from functools import partial
-from importlib.resources import files
 
 import torch
 from torch import nn
 
-from adaptsuite.errors import UsageError, nearest
+from adaptsuite.backbones import shipped
 
 EMBEDDED_POOL = "cls+mean+std"  # of the final norm's tokens, CLS among them: the read-out that its probes are judged by
 
@@ -20,13 +18,7 @@ def embedded(name: str, random_weights: bool = False) -> nn.Module:
     """
     from safetensors.torch import load
 
-    weights = files("adaptsuite.vision") / "weights" / f"{name}.safetensors"
-    if not weights.is_file():
-        shipped = [p.name.removesuffix(".safetensors") for p in (files("adaptsuite.vision") / "weights").iterdir()]
-        shipped = [n for n in shipped if n.startswith("vision-")]
-        raise UsageError(f"embedded:{name} is unknown; {nearest(name, shipped)}")
-    data = weights.read_bytes()
-    record = embedded_record(data)
+    data, record = shipped("vision", name)
     model = vision_transformer(record["config"])
     if random_weights:
         calibrate(model, record["pretrained_cfg"])
@@ -37,13 +29,6 @@ def embedded(name: str, random_weights: bool = False) -> nn.Module:
     model.pretrained_cfg = model.default_cfg = tuples  # JSON has lists, timm wants tuples
     model.adaptsuite_pool = EMBEDDED_POOL
     return model
-
-
-def embedded_record(data: bytes) -> dict[str, dict]:
-    """{"config": arguments of `vision_transformer`, "pretrained_cfg": timm's} of a shipped safetensors file."""
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length])["__metadata__"]
-    return {key: json.loads(metadata[key]) for key in ("config", "pretrained_cfg")}
 
 
 def vision_transformer(config: dict) -> nn.Module:

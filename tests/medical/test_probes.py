@@ -69,7 +69,7 @@ def test_a_probe_of_a_table_finds_the_lesion_and_says_what_it_chose(tmp_path, mo
     monkeypatch.setattr(probes, "STEPS", 100)
     domain = MedicalDomain()
     table = make_dataset(tmp_path, patients=20, count=2, size=64)
-    options = {"data": str(table), "backbone": "embedded:vision-tiny", "size": ("front_end.size", 64)}
+    options = {"data": str(table), "backbone": "embedded:vision-tiny", "size": ("front_end.size", 60)}
     found = probes.run(domain, read_recipe(domain, options))
     assert set(found) >= {"knn", "linear", "choice", "grid"} and len(found["grid"]) == 16
     assert found["choice"] in found["grid"]
@@ -83,7 +83,7 @@ def test_blocks_are_read_as_the_backbone_gives_them(tmp_path):
         "data": str(table),
         "backbone": "embedded:vision-tiny",
         "method": "linear",
-        "size": ("front_end.size", 64),
+        "size": ("front_end.size", 60),
     }
     settled, manifest = experiment.settle(domain, read_recipe(domain, options))
     found = probes.features(domain, settled, manifest)
@@ -99,6 +99,6 @@ def test_blocks_are_read_as_the_backbone_gives_them(tmp_path):
 def test_a_split_without_validation_rows_is_refused(tmp_path):
     domain = MedicalDomain()
     table = make_dataset(tmp_path, patients=10, count=1, size=64)
-    options = {"data": str(table), "backbone": "embedded:vision-tiny", "val": "none", "size": ("front_end.size", 64)}
+    options = {"data": str(table), "backbone": "embedded:vision-tiny", "val": "none", "size": ("front_end.size", 60)}
     with pytest.raises(UsageError, match="validation rows choose"):
         probes.run(domain, read_recipe(domain, options))
