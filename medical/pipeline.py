@@ -12,15 +12,19 @@ import numpy as np
 from torch import nn
 
 from adaptsuite.domain import Said
+from adaptsuite.errors import UsageError
 from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle
-from adaptsuite.image_task import FrontEndSettings, ImageDomain, ImageModel
+from adaptsuite.image_task import FrontEndSettings, ImageDomain
 from adaptsuite.images import Picture
 from adaptsuite.manifest import Fold, Manifest, Row, load_manifest
 from adaptsuite.medical import data as files
 from adaptsuite.medical import findings, leaks
 from adaptsuite.medical.data import SUFFIXES, Frames, Reading
 from adaptsuite.medical.findings import EvidenceSettings
+from adaptsuite.medical.seg_data import MaskAugment, require_known
+from adaptsuite.medical.seg_domain import Segmentation
+from adaptsuite.medical.segmentation import MaskHead, SegmentationModel
 from adaptsuite.recipe import DataSettings, Recipe
 
 
@@ -35,12 +39,15 @@ class MedicalFrontEnd(FrontEndSettings):
     allow_burned_in: bool = Reading.allow_burned_in
 
 
+SEGMENTATION = "segmentation"  # data.task; everything of it is in `Segmentation`
+
+
 class MedicalDomain(ImageDomain):
     """Pictures, DICOM and NIfTI of patients, who are the groups."""
 
     name = "medical"
     suffixes = SUFFIXES
-    sections = {**ImageDomain.sections, "front_end": MedicalFrontEnd, "evidence": EvidenceSettings}
+    sections = {"front_end": MedicalFrontEnd, "head": MaskHead, "augment": MaskAugment, "evidence": EvidenceSettings}
     backbones = (
         "embedded:vision-tiny",
         "timm:NAME, of timm.list_models()",
@@ -53,6 +60,7 @@ class MedicalDomain(ImageDomain):
     def __init__(self):
         super().__init__()
         self.headers: dict[Path, Picture] = {}
+        self.masks = Segmentation(self)
         self._leaks: dict[str, Any] = {}
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
@@ -63,18 +71,49 @@ class MedicalDomain(ImageDomain):
     # ---- data
 
     def table(self, data: DataSettings) -> Manifest:
+        if data.task == SEGMENTATION:
+            return self.masks.table(data)
         return load_manifest(data.manifest, data.task, suffixes=self.suffixes, folders=True)
 
-    def model(self, recipe: Recipe, classes: Sequence[str]) -> ImageModel:
+    def targets(self, manifest: Manifest, classes: Sequence[str]) -> np.ndarray:
+        segments = manifest.task == SEGMENTATION
+        return self.masks.targets(manifest, classes) if segments else super().targets(manifest, classes)
+
+    def further(self, manifest: Manifest, row: Row) -> list[str]:
+        return self.masks.further(manifest, row) if manifest.task == SEGMENTATION else []
+
+    def prepare(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
+        return self.masks.prepare(model, paths) if _segments(model) else super().prepare(model, paths)
+
+    def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
+        if recipe.data.task == SEGMENTATION:
+            return self.masks.settle(recipe)
+        if recipe.head.get("kind") == "unet":
+            raise UsageError("head.kind=unet gives masks: add --set data.task=segmentation")
+        require_known(MaskAugment(**recipe.augment), segments=False)
+        return super().settle(recipe, paths)
+
+    def model(self, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
+        if recipe.data.task == SEGMENTATION:
+            return self.masks.model(recipe, classes)
         model = super().model(recipe, classes)
         model.reading = reading(recipe)
         return model
 
-    def decided(self, recipe: Recipe, model: ImageModel) -> Recipe:
+    def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> Any:
+        if recipe.data.task == SEGMENTATION:
+            return self.masks.task(recipe, classes, counts)
+        return super().task(recipe, classes, counts)
+
+    def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
+        if _segments(model):
+            return self.masks.decided(recipe, model)
         recipe = super().decided(recipe, model)
         return replace(recipe, front_end={**recipe.front_end, **asdict(model.reading)})
 
-    def dataset(self, model: ImageModel, paths: Sequence[Path], targets: np.ndarray | None) -> Frames:
+    def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None) -> Frames:
+        if _segments(model):
+            return self.masks.dataset(model, paths, targets)
         return Frames(paths, targets, model.front_end, self.memory, model.reading, self.headers)
 
     def header(self, path: Path) -> Picture:
@@ -88,7 +127,9 @@ class MedicalDomain(ImageDomain):
     def notes(self, model: nn.Module, paths: Sequence[Path]) -> list[str]:
         return self.dataset(model, paths, None).remarks()
 
-    def describe(self, model: ImageModel) -> dict[str, Any]:
+    def describe(self, model: nn.Module) -> dict[str, Any]:
+        if _segments(model):
+            return self.masks.describe(model)
         own = super().describe(model)
         r = model.reading
         window = "the file's own window" if r.window is None else f"window {r.window[0]:g}, {r.window[1]:g}"
@@ -106,7 +147,7 @@ class MedicalDomain(ImageDomain):
                 "be too narrow"
             )
         settings = EvidenceSettings(**recipe.evidence)
-        if not findings.findings(manifest.classes, manifest.task, settings):
+        if manifest.task != SEGMENTATION and not findings.findings(manifest.classes, manifest.task, settings):
             said.append(
                 f"which of {' and '.join(manifest.classes)} is the finding is not known, so no threshold is chosen: "
                 "say it with --set evidence.positive=CLASS"
@@ -145,7 +186,29 @@ class MedicalDomain(ImageDomain):
 
     # ---- evidence
 
+    def outputs(self, model: nn.Module, task: Any, dataset: Any, *settings: Any, **named: Any) -> np.ndarray:
+        own = self.masks.outputs if _segments(model) else super().outputs
+        return own(model, task, dataset, *settings, **named)
+
+    def calibrated(self, outputs: np.ndarray, kept: dict[str, Any]) -> np.ndarray:
+        return self.masks.calibrated(outputs, kept) if outputs.ndim == 3 else super().calibrated(outputs, kept)
+
+    def answers(self, recipe: Recipe, labels: Sequence[str], outputs: np.ndarray) -> list[dict[str, Any]]:
+        if recipe.data.task == SEGMENTATION:
+            return self.masks.answers(labels, outputs)
+        return super().answers(recipe, labels, outputs)
+
+    def evaluate(self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray) -> dict[str, dict]:
+        own = self.masks.evaluate if manifest.task == SEGMENTATION else super().evaluate
+        return own(manifest, classes, outputs)
+
+    def score(self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray) -> dict[str, float]:
+        own = self.masks.score if manifest.task == SEGMENTATION else super().score
+        return own(manifest, classes, outputs)
+
     def keep(self, recipe: Recipe, manifest: Manifest, outputs: np.ndarray) -> dict[str, Any]:
+        if manifest.task == SEGMENTATION:
+            return self.masks.keep(recipe, manifest, outputs)
         return findings.decide(manifest, manifest.classes, outputs, EvidenceSettings(**recipe.evidence))
 
     def evidence(
@@ -153,6 +216,8 @@ class MedicalDomain(ImageDomain):
     ) -> list[dict[str, Any]]:
         if not said:
             return []
+        if manifest.task == SEGMENTATION:
+            return self.masks.evidence(said)
         settings, classes = EvidenceSettings(**recipe.evidence), manifest.classes
         splits = [
             {"part": part, "rows": len(s.manifest), "patients": len(set(s.manifest.groups())), "run": s.name}
@@ -169,6 +234,8 @@ class MedicalDomain(ImageDomain):
     def predictions(
         self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray, runs: Sequence[str] | None = None
     ) -> Predictions | None:
+        if manifest.task == SEGMENTATION:
+            return None
         said = super().predictions(manifest, classes, outputs, runs)
         if said is None or said.groups is None:
             return said
@@ -179,7 +246,13 @@ class MedicalDomain(ImageDomain):
         """Pictures of the rows that it was most sure of, right and wrong."""
         from adaptsuite.medical.pictures import examples
 
+        if _segments(handle.model):
+            return self.masks.extra(handle, dataset, outputs)
         return [] if outputs is None else examples(dataset, outputs, handle.model.classes)
+
+
+def _segments(model: nn.Module) -> bool:
+    return isinstance(model, SegmentationModel)
 
 
 def reading(recipe: Recipe) -> Reading:

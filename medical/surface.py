@@ -120,7 +120,7 @@ def _summary(column, statistic, patients, repeats: int, seed: int, level: float)
     cases = int((np.isfinite(column) if statistic is _mean else ~np.isnan(column)).sum())
     if not np.isfinite(value):
         return {"value": None, "ci": None, "cases": cases}
-    if np.isposinf(draws).mean() > (1 - level) / 2:
+    if len(draws) and np.isposinf(draws).mean() > (1 - level) / 2:
         return {"value": float(value), "ci": None, "cases": cases, "note": "no interval: its upper end is infinite"}
     return {"value": float(value), **interval_of(draws, level, len(draws)), "cases": cases}
 

@@ -9,7 +9,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -343,11 +343,12 @@ def predict_files(
     device: str | None,
     out: str | None,
     skip_bad: bool,
+    label: Callable[..., dict[str, Any]] | None = None,
 ) -> None:
-    """The verb `predict`: a label for each file."""
+    """The verb `predict`: a label for each file; label: in place of `adaptsuite.experiment.label_files`."""
     from adaptsuite import experiment
 
-    found = experiment.label_files(domain, adapter_folder(adapter), files, device, batch_size, skip_bad)
+    found = (label or experiment.label_files)(domain, adapter_folder(adapter), files, device, batch_size, skip_bad)
     for row in found["predictions"]:
         best = sorted(row["scores"].items(), key=lambda item: -item[1])[:3]
         console.say(f"{row['path']}\t{row['label']}\t" + "  ".join(f"{k} {v:.3f}" for k, v in best))

@@ -141,6 +141,18 @@ class Domain(ABC):
         """Scores as an adapter with these records gives them."""
         return outputs / (kept.get("temperature") or 1.0)
 
+    def answers(self, recipe: Recipe, labels: Sequence[str], outputs: np.ndarray) -> list[dict[str, Any]]:
+        """{"label", "scores": {label: number}} of each row, as `predict` says it."""
+        found = []
+        for scores in metrics.to_probabilities(outputs, recipe.data.task):
+            named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
+            if recipe.data.task == "multilabel":
+                label = ";".join(k for k, v in named.items() if v >= 0.5)
+            else:
+                label = max(named, key=named.get)
+            found.append({"label": label, "scores": named})
+        return found
+
     def evaluate(self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray) -> dict[str, dict]:
         """{metric: {"value", "ci", "note"?}} of calibrated scores of a table's rows."""
         targets, groups = self.targets(manifest, classes), manifest.groups()

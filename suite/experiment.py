@@ -25,7 +25,6 @@ from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Manifest, matching, split, write_csv
 from adaptsuite.method import Method, method_class, resolve
-from adaptsuite.metrics import to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.rates import Choice, choose, plans_of, section
 from adaptsuite.recipe import Recipe
@@ -701,14 +700,8 @@ def label_files(
     paths, skipped, remarks = readable(domain, files, skip_bad)
     dataset = domain.dataset(handle.model, paths, None)
     outputs = domain.calibrated(*_outputs(domain, handle, recipe, record, dataset, device, batch_size))
-    predictions = []
-    for path, scores in zip(paths, to_probabilities(outputs, recipe.data.task), strict=True):
-        named = {label: round(float(s), 6) for label, s in zip(labels, scores, strict=True)}
-        if recipe.data.task == "multilabel":
-            label = ";".join(k for k, v in named.items() if v >= 0.5)
-        else:
-            label = max(named, key=named.get)
-        predictions.append({"path": str(path), "label": label, "scores": named})
+    answers = domain.answers(recipe, labels, outputs)
+    predictions = [{"path": str(path), **said} for path, said in zip(paths, answers, strict=True)]
     return {
         "predictions": predictions,
         "skipped": skipped,
@@ -807,8 +800,13 @@ def _expand(domain: Domain, files: Sequence[str]):
 
 
 def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None:
-    """One row a file: path, label, and a column of scores for each label."""
-    write_csv(path, [{"path": p["path"], "label": p["label"], **p["scores"]} for p in predictions])
+    """One row a file: path, label, and a column of scores for each label; what else a prediction has comes last."""
+    own = ("path", "label", "scores")
+    more = [{k: v for k, v in p.items() if k not in own} for p in predictions]
+    write_csv(
+        path,
+        [{"path": p["path"], "label": p["label"], **p["scores"], **m} for p, m in zip(predictions, more, strict=True)],
+    )
 
 
 def budget_of(domain: Domain, recipe: Recipe):

@@ -153,7 +153,7 @@ class ImageDomain(Domain):
         own = {f.name for f in fields(FrontEnd)}
         given = {k: v for k, v in recipe.front_end.items() if k in own and v is not None}
         backbone, front = load(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **given)
-        model = ImageModel(backbone, front, len(classes), HeadSettings(**recipe.head)).eval()
+        model = ImageModel(backbone, front, len(classes), self.sections["head"](**recipe.head)).eval()
         model.classes = tuple(classes)  # for pictures of the report
         return model
 
@@ -168,8 +168,8 @@ class ImageDomain(Domain):
         return Images(paths, targets, model.front_end, self.memory)
 
     def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> ImageTask:
-        settings, tta = HeadSettings(**recipe.head), recipe.front_end.get("tta", "none")
-        return ImageTask(classes, recipe.data.task, Augment(**recipe.augment), settings, tta, counts)
+        head, changes = self.sections["head"](**recipe.head), self.sections["augment"](**recipe.augment)
+        return ImageTask(classes, recipe.data.task, changes, head, recipe.front_end.get("tta", "none"), counts)
 
     def sample(self, model: ImageModel, batch: int = 2) -> tuple[Tensor]:
         """Seeded noises."""

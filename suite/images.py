@@ -87,6 +87,13 @@ def read(path: Path) -> Any:
         return image.convert("RGB")
 
 
+def stored(path: Path) -> np.ndarray:
+    """(H, W) or (H, W, C) numbers as the file has them, of a palette its numbers: for masks. Raises as `read`."""
+    inspect(path)
+    with _opened(path) as image, _decoding(path):
+        return np.asarray(image)
+
+
 def survey(path: Path) -> dict[str, Any]:
     """Facts of a file and what may be wrong with it, decoded: {"width", "height", "remarks"}. Raises as `read`."""
     found, image = inspect(path), read(path)
@@ -126,6 +133,8 @@ def fitted(image: Any, front: FrontEnd) -> Tensor:
     method = getattr(Image.Resampling, front.interpolation.upper())
     if front.fit == "squash":
         image = image.resize((width, height), method)
+    elif front.fit == "pad":
+        image = ImageOps.pad(image, (width, height), method)
     else:
         image = ImageOps.fit(image, (width, height), method)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
@@ -133,8 +142,6 @@ def fitted(image: Any, front: FrontEnd) -> Tensor:
 
 # ---- evaluation
 
-    elif front.fit == "pad":
-        image = ImageOps.pad(image, (width, height), method)
 
 def crop(image: Tensor, size: tuple[int, int], top: int | None = None, left: int | None = None) -> Tensor:
     """A window of (..., H, W) pictures; without a corner their middle."""

@@ -163,7 +163,7 @@ def test_a_section_without_dataclass_takes_what_toml_reads():
         ("options=3", "expected a table or none"),
         ("plan.schedule=cos", "expected cosine or constant"),
         ("plan.seed=true", "expected a whole number"),
-        ("data.task=multi", "expected multiclass or multilabel or free"),
+        ("data.task=multi", "expected multiclass or multilabel or segmentation or free"),
         ("seeds=0,x", "expected a list of a whole number"),
         ("lr_grid=0.1,fast", "--set lr_grid=0.1,fast: expected a list of a finite number"),
         ("refit=maybe", "expected true or false"),
