@@ -68,12 +68,18 @@ class AuditLog:
         return hmac.new(self._key("input"), uid.encode(), hashlib.sha256).hexdigest()
 
     def append(
-        self, uid: str, adapter: str, base: str, threshold: float | None, output: float | Sequence[float]
+        self,
+        uid: str,
+        adapter: str,
+        base: str,
+        threshold: float | Sequence[float] | None,
+        output: float | Sequence[float],
     ) -> dict[str, Any]:
         """Writes one line and returns its entry, once it is on the disk.
 
         uid: of the study, series or image; only its hash is written.  adapter, base: sha256 in hexadecimal.
-        threshold: the one applied, None without one.  output: one number or several, as the adapter's labels stand.
+        threshold: the one applied, or one for each label, None without one.  output: one number or several, as the
+        adapter's labels stand.
         Raises ValueError for anything else, DataError where the log does not continue its head (it was damaged: keep
         it, start another), and ResourceError where it cannot be written: the output may not be released then.
         """
@@ -82,8 +88,8 @@ class AuditLog:
             "adapter": _hexadecimal(adapter, "adapter"),
             "base": _hexadecimal(base, "base"),
             "versions": _versions(),
-            "threshold": None if threshold is None else _number(threshold, "threshold"),
-            "output": _numbers(output),
+            "threshold": None if threshold is None else _numbers(threshold, "threshold"),
+            "output": _numbers(output, "output"),
         }
         with clear_errors(self.path), _locked(self.path) as handle:
             previous, n, size = self._end(handle)
@@ -196,7 +202,7 @@ def open_log(path: str | Path, key: str | Path | None = None) -> AuditLog:
             if not key.exists():  # nobody else made it meanwhile
                 if os.fstat(handle).st_size:
                     raise DataError(f"{path} has no key {key}: name the file that holds it")
-                _make_key(key)
+                make_key(key)
     text = key.read_text().strip()
     if not HEX.fullmatch(text):
         raise DataError(f"{key} holds no key: 64 hexadecimal digits are expected")
@@ -210,7 +216,7 @@ def verify(path: str | Path, key: str | Path | None = None) -> Verdict:
     return open_log(path, key).verify()
 
 
-def _make_key(path: Path) -> None:
+def make_key(path: Path) -> None:
     """A key that its owner alone can read, whole under its name."""
     temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,9 +315,9 @@ def _number(value: Any, name: str) -> float | int:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def _numbers(output: Any) -> float | int | list[float | int]:
-    if isinstance(output, str | bytes | Mapping):
-        raise ValueError("output is no number: the audit log holds numbers and hashes alone")
-    if hasattr(output, "tolist"):
-        output = output.tolist()  # of numpy and torch
-    return [_number(v, "output") for v in output] if isinstance(output, Sequence) else _number(output, "output")
+def _numbers(values: Any, name: str) -> float | int | list[float | int]:
+    if isinstance(values, str | bytes | Mapping):
+        raise ValueError(f"{name} is no number: the audit log holds numbers and hashes alone")
+    if hasattr(values, "tolist"):
+        values = values.tolist()  # of numpy and torch
+    return [_number(v, name) for v in values] if isinstance(values, Sequence) else _number(values, name)

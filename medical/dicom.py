@@ -416,18 +416,20 @@ def named(path: Path, shown: str | None, needles: Iterable[str], number: int = 0
     (A hash of the path would tell whoever guesses the patient's name that the guess is right.)
     """
 
-    def holds(part: str) -> bool:
-        words = _words(part)
-        spaced, joined = f" {' '.join(words)} ", "".join(words)
-        return any(needle in (spaced if needle.startswith(" ") else joined) for needle in needles)
-
     shown = str(path) if shown is None else shown
-    if not holds(shown):
+    if not tells(shown, needles):
         return shown
-    kept = "/".join("***" if holds(part) else part.strip("/") for part in Path(shown).parts)
-    kept = "***" if holds(kept) else kept
+    kept = "/".join("***" if tells(part, needles) else part.strip("/") for part in Path(shown).parts)
+    kept = "***" if tells(kept, needles) else kept
     which = f"file {number}, " if number else ""
     return f"{kept} ({which}sha256 {content_hash(path)[:12]}; what is *** is also text of its header)"
+
+
+def tells(shown: str, needles: Iterable[str]) -> bool:
+    """Whether a text holds one of the needles, however it is spelled and parted."""
+    words = _words(shown)
+    spaced, joined = f" {' '.join(words)} ", "".join(words)
+    return any(needle in (spaced if needle.startswith(" ") else joined) for needle in needles)
 
 
 # ---- pixels

@@ -79,11 +79,13 @@ class Label:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found on one frame, or on the file as a whole."""
+    """What was found on one frame, on a file as a whole, or on all files together."""
 
     label: Label
     values: Mapping[str, tuple[float, str]]  # name -> number and UCUM unit: {"probability": (0.93, "1")}
     frame: int | None = None  # from 0
+    file: int | None = 0  # which of the report's files; None: all
+    present: bool | None = None  # what was decided, if anything
 
 
 def write_seg(
@@ -143,41 +145,47 @@ def read_seg(path: str | Path, like: Volume) -> tuple[Volume, tuple[str, ...]]:
 
 def write_sr(
     path: str | Path,
-    file: DicomFile,
+    files: DicomFile | Sequence[DicomFile],
     findings: Sequence[Finding],
     algorithm: Algorithm,
     salt: str | None = None,
 ) -> Path:
     """A report (TID 1500, Comprehensive SR) with one group of measurements a finding, which names its frame.
 
-    For what a SEG cannot hold, multi-frame ultrasound above all. Raises UsageError for frames and values that are none.
+    For what a SEG cannot hold, multi-frame ultrasound above all. files: of one study; findings say which they are of.
+    Raises UsageError for frames and values that are none.
     """
     import highdicom
 
+    files = (files,) if isinstance(files, DicomFile) else tuple(files)
+    name = files[0].name
     _check_words([f.label for f in findings], algorithm, salt)
     if not findings:
-        raise UsageError(f"{file.name}: a report without a finding says nothing")
+        raise UsageError(f"{name}: a report without a finding says nothing")
     for finding in findings:
-        if finding.frame is not None and not 0 <= finding.frame < file.frames:
-            raise UsageError(f"{file.name}: frame {finding.frame} is not one of its {file.frames}")
+        count = 0 if finding.file is None else files[finding.file].frames
+        if finding.frame is not None and not 0 <= finding.frame < count:
+            where = name if finding.file is None else files[finding.file].name
+            raise UsageError(f"{where}: frame {finding.frame} is not one of its {count}")
         if not finding.values or not np.isfinite([v for v, _ in finding.values.values()]).all():
-            raise UsageError(f"{file.name}: finding {finding.label.name!r} has no values, or some that are not finite")
-    with _quoting_nothing(f"{file.name}: no SR can be made of it"):
-        source = _origin(file, salt)
+            raise UsageError(f"{name}: finding {finding.label.name!r} has no values, or some that are not finite")
+    with _quoting_nothing(f"{name}: no SR can be made of it"):
+        sources = [_origin(file, salt) for file in files]
         made = highdicom.sr.ComprehensiveSR(
-            evidence=[source],
-            content=_report(file, source, findings, algorithm)[0],
+            evidence=sources,
+            content=_report(files, sources, findings, algorithm)[0],
             is_complete=True,
             transfer_syntax_uid="1.2.840.10008.1.2.1",
             **_identity(algorithm, 702),
         )
-        _finish(made, source, salt)
-    wanted = [(_frame_numbers(file, f), f.label.code[2], *_numbers(f)) for f in findings]
+        _finish(made, sources[0], salt)
+    decided = {None: (), True: ("Present",), False: ("Absent",)}
+    wanted = [(_frame_numbers(files, f), f.label.code[2], *_numbers(f), *decided[f.present]) for f in findings]
     return _publish(path, made, lambda content: read_sr(io.BytesIO(content)) == wanted)
 
 
 def read_sr(source: Any) -> list[tuple]:
-    """(frame numbers from 1 or None, label, values ...) of every group of measurements of a report."""
+    """(frame numbers from 1 or None, label, values ..., decision where there is one) of every group of a report."""
     import highdicom
 
     groups = highdicom.sr.srread(source).content.get_image_measurement_groups()
@@ -186,6 +194,7 @@ def read_sr(source: Any) -> list[tuple]:
             group.source_images[0].referenced_frame_numbers,
             group.finding_type.meaning,
             *(round(float(m.value), DIGITS) for m in group.get_measurements()),
+            *(e.value.meaning for e in group.get_qualitative_evaluations()),
         )
         for group in groups
     ]
@@ -426,7 +435,7 @@ def _pixels(found: Any, uids: Sequence[str], mask: Volume) -> np.ndarray:
     return found.get_pixels_by_source_instance(uids, **options)
 
 
-def _report(file: DicomFile, source: Any, findings: Sequence[Finding], algorithm: Algorithm) -> Any:
+def _report(files: Sequence[DicomFile], sources: Sequence[Any], findings: Sequence[Finding], algorithm: Algorithm):
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
@@ -440,16 +449,23 @@ def _report(file: DicomFile, source: Any, findings: Sequence[Finding], algorithm
     observer = sr.ObserverContext(codes.DCM.Device, observer_identifying_attributes=device)
     return sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
-        procedure_reported=_coded(PROCEDURES.get(file.modality, IMAGING)),
-        imaging_measurements=[_group(number, file, source, f, algorithm) for number, f in enumerate(findings, 1)],
+        procedure_reported=_coded(PROCEDURES.get(files[0].modality, IMAGING)),
+        imaging_measurements=[_group(number, files, sources, f, algorithm) for number, f in enumerate(findings, 1)],
         title=codes.DCM.ImagingMeasurementReport,
     )
 
 
-def _group(number: int, file: DicomFile, source: Any, finding: Finding, algorithm: Algorithm) -> Any:
+def _group(
+    number: int, files: Sequence[DicomFile], sources: Sequence[Any], finding: Finding, algorithm: Algorithm
+) -> Any:
     import highdicom
     from highdicom import sr
+    from pydicom.sr.codedict import codes
 
+    numbers, decision = _frame_numbers(files, finding), []
+    if finding.present is not None:
+        value = codes.cid241.Present if finding.present else codes.cid241.Absent
+        decision = [sr.QualitativeEvaluation(name=_coded(Label("decision").code), value=value)]
     return sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=highdicom.UID(), identifier=f"{finding.label.name} {number}"),
         finding_type=_coded(finding.label.code),
@@ -462,16 +478,16 @@ def _group(number: int, file: DicomFile, source: Any, finding: Finding, algorith
             sr.Measurement(name=_coded(Label(name).code), value=float(value), unit=_coded((unit, "UCUM", unit)))
             for name, (value, unit) in finding.values.items()
         ],
+        qualitative_evaluations=decision,
         source_images=[
-            sr.SourceImageForMeasurementGroup(
-                source.SOPClassUID, source.SOPInstanceUID, referenced_frame_numbers=_frame_numbers(file, finding)
-            )
+            sr.SourceImageForMeasurementGroup(s.SOPClassUID, s.SOPInstanceUID, referenced_frame_numbers=numbers)
+            for s in (sources if finding.file is None else [sources[finding.file]])
         ],
     )
 
 
-def _frame_numbers(file: DicomFile, finding: Finding) -> list[int] | None:
-    return None if finding.frame is None or file.frames == 1 else [finding.frame + 1]
+def _frame_numbers(files: Sequence[DicomFile], finding: Finding) -> list[int] | None:
+    return None if finding.frame is None or files[finding.file].frames == 1 else [finding.frame + 1]
 
 
 def _numbers(finding: Finding) -> list[float]:

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -457,6 +457,8 @@ class Listing:
 
     files: tuple[DicomFile, ...]
     skipped: tuple[Mapping[str, str], ...]  # {"file", "reason"} of everything else
+    nifti: tuple[tuple[Path, str], ...] = field(default=(), repr=False)  # of these, the NIfTI files, and their names
+    needles: frozenset[str] = field(default=frozenset(), repr=False)  # of the text that all headers hold
 
     def series(self) -> dict[str, tuple[DicomFile, ...]]:
         """Files that hold pixels by `DicomFile.series`, in the order of their names."""
@@ -508,7 +510,14 @@ def scan(folder: str | Path) -> Listing:
     seen = _without_copies(seen, names)
     skipped = [{"file": names[path], "reason": reason} for path, file, reason in seen if file is None]
     skipped += _named_but_missing(root, [path for path, *_ in seen])
-    return Listing(tuple(replace(file, name=names[path]) for path, file, _ in seen if file), tuple(skipped))
+    files = tuple(replace(file, name=names[path]) for path, file, _ in seen if file)
+    nifti = ((p, names[p]) for p, _, reason in seen if p.name.lower().endswith(SUFFIXES) and _is_other(reason))
+    return Listing(files, tuple(skipped), tuple(nifti), frozenset(needles))
+
+
+def _is_other(reason: str | None) -> bool:
+    """Whether a file was looked into, and is of another kind than DICOM."""
+    return reason is not None and reason.startswith("not a DICOM file")
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, str | None]]:

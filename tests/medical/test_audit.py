@@ -49,6 +49,13 @@ def test_entries_are_what_was_said_and_follow_one_another(log):
     assert verdict.whole and verdict.entries == 6 and verdict.last == entries[-1]["hash"] and not verdict.notes
 
 
+def test_each_label_can_have_a_threshold_of_its_own(log):
+    assert log.append(UID, ADAPTER, BASE, [0.2, 0.7], [0.3, 0.1])["threshold"] == [0.2, 0.7]
+    with pytest.raises(ValueError, match="threshold is no finite number"):
+        log.append(UID, ADAPTER, BASE, [0.2, "Smith"], [0.3, 0.1])
+    assert log.verify().whole and log.verify().entries == 1
+
+
 def test_the_input_s_hash_cannot_be_made_without_the_key(log, tmp_path):
     assert log.input_hash(UID) != hashlib.sha256(UID.encode()).hexdigest()
     assert log.input_hash(UID) != open_log(tmp_path / "other.jsonl").input_hash(UID)
