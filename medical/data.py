@@ -89,7 +89,7 @@ def pictures(path: Path, reading: Reading) -> Iterator[Any]:
         return
     volume = volumes.read_series(files, reading.allow_burned_in) if files else volumes.read_volume(path)
     volume = volume.plane(reading.plane)
-    values = volume.windowed(reading.window or _own_window(volume.values)).values
+    values = volume.windowed(reading.window or own_window(volume.values)).values
     for i in reading.chosen(len(values)):
         yield Image.fromarray((values[i] * 255).round().byte().numpy()).convert("RGB")
 
@@ -135,7 +135,7 @@ def _checked(found: Picture) -> Picture:
     return found
 
 
-def _own_window(values: Tensor) -> tuple[float, float]:
+def own_window(values: Tensor) -> tuple[float, float]:
     """(centre, width) between the quantiles GREY_LEVELS of a volume."""
     flat = values.flatten()
     flat = flat[:: max(1, len(flat) // 1_000_000)]

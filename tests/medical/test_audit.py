@@ -198,7 +198,9 @@ def write_until_killed(path):
 def test_a_log_outlives_kill_9(tmp_path):
     path, context = tmp_path / "audit.jsonl", multiprocessing.get_context("fork")
     rng, last = np.random.default_rng(0), 0
-    for _ in range(8):
+    for killed in range(60):
+        if killed >= 8 and last > 8:  # a busy machine may need more rounds
+            break
         writer = context.Process(target=write_until_killed, args=(path,))
         writer.start()
         time.sleep(0.05 + 0.1 * rng.random())
