@@ -6,8 +6,11 @@ for base tensors that an adapter trains as copies. The base keeps its class, its
 """
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from adaptsuite.errors import nearest
 from adaptsuite.grid import TABLES, Shrink, cut, refuse_shrink
 from adaptsuite.method import Method
+from adaptsuite.packed import attend
 from adaptsuite.sites import Site, component_info, find_sites, patch_maps
 
 BANK = "adapter_bank"
@@ -28,13 +32,19 @@ class Context:
     """What branches may need beside the tokens of one forward; replaced, never changed in place."""
 
     token_mask: Tensor | None = None  # (B, T) bool, True where a token is real
-    features: Any = None  # another modality's features
+    features: Tensor | None = None  # another modality's, (B, D) or (B, N, D)
     grids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # component, or block with its own: as embedded
     grid: tuple[int, ...] | None = None  # that a branch with `needs_grid` stands on
     recomputed: bool = False  # the forward runs again during backward (checkpointing): statistics were taken already
 
 
 EMPTY = Context()
+
+# The contexts of this thread (or task) by number of the bank: threads that share a host do not see each other's.
+_contexts: ContextVar[Mapping[int, Context]] = ContextVar("contexts", default={})  # noqa: B039 (never changed in place)
+_numbers = itertools.count()
+_local = threading.local()  # what one thread keeps between two hooks
+_lock = threading.Lock()
 
 
 class Adapter(nn.Module):
@@ -48,6 +58,7 @@ class Adapter(nn.Module):
         self.tensors = nn.ParameterDict()
         self.moved = nn.Module()  # buffers of modules that train, such as BatchNorm statistics
         self.kinds: dict[str, str] = {}  # key of a held tensor -> adapter | norm | head
+        self.rates: dict[str, float] = {}  # path in the host -> factor of the learning rate of what trains below it
         self.kept: dict[str, Tensor] | None = None  # the base's own values, where it is trained in place
 
     def hold(self, root: nn.Module, path: str, param: str, kind: str) -> None:
@@ -67,6 +78,10 @@ class Adapter(nn.Module):
         self.kept = {k: v.detach().clone() for k, v in base_state(root).items()}
         base = [n for n, _ in root.named_parameters() if is_base(n)]
         self.in_place_names = [n for n in base if tensor_key(n) not in self.tensors]
+
+    def rate_at(self, place: str) -> float:
+        """The factor of the nearest path at or above a place; 1 where none is set."""
+        return next((self.rates[path] for path in (*_upwards(place), "") if path in self.rates), 1.0)
 
     def num_trained(self) -> int:
         return sum(p.numel() for p in self.parameters()) + len(self.kept or ())
@@ -95,8 +110,11 @@ class Bank(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active: list[str] = []
         self.merged: str | None = None
-        self.context = EMPTY
-        self.resting: Context | None = None  # what to go back to when the backward that runs now has ended
+        self.number = next(_numbers)
+        # The context that a forward sets while it is compiled, and what it was before: the graph leaves none behind.
+        self.traced: Context | None = None
+        self.outer: Context | None = None
+        self.recalled: dict[int, Context] = {}  # backward that runs now (its graph task) -> its forward's context
         self.called: set[str] = set()
         # component -> ((block, number of the adapter), what its branch does to the grid)
         self.shrinks: dict[str, list[tuple[tuple[int, int], Shrink]]] = {}
@@ -112,8 +130,59 @@ class Bank(nn.Module):
         self.fixed_hooks = [
             root.register_load_state_dict_post_hook(self.forget_missing),
             root.register_forward_hook(self.keep_context),
+            root.register_forward_pre_hook(self.start_tracing),
+            root.register_forward_hook(self.end_tracing),
             *(m.register_forward_hook(self.open_gradient) for m in _embeddings(root)),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        carried = None if self.context is EMPTY else self.context
+        return {**self.__dict__, "traced": None, "recalled": {}, "carried": carried}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy starts with the original's context, and both go their own ways."""
+        carried = state.pop("carried")
+        super().__setstate__({**state, "number": next(_numbers)})
+        if carried is not None:
+            self.context = carried
+
+    # ---- the context of the forward, or of the backward, that this thread is in
+
+    @property
+    def context(self) -> Context:
+        if self.traced is not None:
+            return self.traced
+        if self.recalled and not torch.compiler.is_compiling() and (task := self._task()) is not None:
+            return self.recalled[task]
+        return _contexts.get().get(self.number, EMPTY)
+
+    @context.setter
+    def context(self, context: Context) -> None:
+        if torch.compiler.is_compiling():  # dynamo reads ContextVars and cannot write them
+            self.traced = context
+        elif self.recalled and (task := self._task()) is not None:
+            self.recalled[task] = context
+        else:
+            others = {number: c for number, c in _contexts.get().items() if number != self.number}
+            _contexts.set(others if context is EMPTY else {**others, self.number: context})
+
+    def _task(self) -> int | None:
+        """Key in `recalled` of the backward that this thread is in; of a backward within one, that of the last."""
+        task = torch._C._current_graph_task_id()
+        return None if task < 0 else task if task in self.recalled else next(reversed(self.recalled))
+
+    @contextlib.contextmanager
+    def using(self, **context: Any) -> Iterator[None]:
+        """Context for what runs inside the `with`: `token_mask`, `features`."""
+        before, traced = self.context, self.traced
+        self.context = Context(**context)
+        try:
+            yield
+        finally:
+            if torch.compiler.is_compiling():
+                self.traced = traced
+            else:
+                self.context = before
 
     # ---- what acts
 
@@ -140,16 +209,19 @@ class Bank(nn.Module):
         for h in self.hooks:
             h.remove()
         self.hooks = []
-        ports: dict[str, Port] = {}
+        ports: dict[tuple[str, bool], Port] = {}
         shadows: dict[str, Shadow] = {}
         names = [n for n in self.active if n != self.merged]
+        if self.merged in self.active:
+            for site, branch in self.rests(self.merged):
+                self._port_of(ports, site, branch).add(self.merged, site, branch)
         for name in names:
             adapter = self.adapters[name]
             shadowed = set()
             for key, branch in adapter.branches.items():
                 site = adapter.sites[key]
                 if self.acts_by_call(site, branch):
-                    ports.setdefault(site.path, Port(self)).add(name, site, branch)
+                    self._port_of(ports, site, branch).add(name, site, branch)
                 else:
                     shadowed |= {(site.path, param) for param in weight_params(site, branch)}
             held = [split_key(k) for k in (*adapter.tensors, *adapter.moved._buffers)]
@@ -162,7 +234,11 @@ class Bank(nn.Module):
             module = self.root.get_submodule(path)
             self.hooks.append(module.register_forward_pre_hook(shadow.before))
             self.hooks.append(module.register_forward_hook(shadow.after, always_call=True))
-        for path, port in ports.items():
+        for (path, packed), port in ports.items():
+            if packed:
+                port.stand_in(self.root.get_submodule(path))
+                self.hooks.append(port)
+                continue
             if port.around():
                 module = self.root.get_submodule(path)
                 self.hooks.append(module.register_forward_pre_hook(port.enter, with_kwargs=True))
@@ -172,6 +248,16 @@ class Bank(nn.Module):
                 self.hooks.append(module.register_forward_pre_hook(port.catch, with_kwargs=True))
             module = self.root.get_submodule(path)
             self.hooks.append(module.register_forward_hook(port.after, with_kwargs=True))
+
+    def _port_of(self, ports: dict[tuple[str, bool], "Port"], site: Site, branch: nn.Module) -> "Port":
+        packed = self.packed(site, branch)
+        key = (site.path if packed is None else packed, packed is not None)
+        return ports.setdefault(key, Port(self) if packed is None else PackedPort(self))
+
+    def rests(self, name: str) -> list[tuple[Site, nn.Module]]:
+        """The branches that leave something for every sample to add when the weights have taken the rest."""
+        adapter = self.adapters[name]
+        return [(adapter.sites[k], b) for k, b in adapter.branches.items() if hasattr(b, "rest")]
 
     # ---- the grid of image tokens (adaptsuite.grid)
 
@@ -244,10 +330,19 @@ class Bank(nn.Module):
 
     def acts_by_call(self, site: Site, branch: nn.Module) -> bool:
         """Whether a port serves this branch; otherwise a shadow of the weight does."""
+        if self.packed(site, branch) is not None:
+            return True
         plain = (
             site.weight in (None, "weight") and site.layout != "conv"
         )  # what the module returns is the weight's work
         return plain and _has_forward(branch) and self.is_called(site.path)
+
+    def packed(self, site: Site, branch: nn.Module) -> str | None:
+        """Path of the nn.MultiheadAttention that a branch with `inside_attention` has to stand in; None: of none."""
+        path = site.path.rpartition(".")[0] if site.role.endswith(".out") else site.path
+        inside = getattr(branch, "inside_attention", False) and site.weight is not None
+        found = inside and isinstance(self.root.get_submodule(path), nn.MultiheadAttention) and self.is_called(path)
+        return path if found and site.role.rpartition(".")[2] in ("q", "k", "v", "out") else None
 
     def owner(self, path: str) -> str:
         """The nearest module at or above `path` that is called: it is recomputed together with its weights."""
@@ -298,6 +393,9 @@ class Bank(nn.Module):
                     t.requires_grad_(True)
 
     def keep_context(self, module: nn.Module, args, output) -> None:
+        self.pin(output)
+
+    def pin(self, output) -> None:
         """Backward may recompute blocks after another forward has set another context: restore this forward's."""
         context = self.context
         if context is EMPTY or torch.compiler.is_compiling():
@@ -305,17 +403,20 @@ class Bank(nn.Module):
         again = replace(context, recomputed=True)
 
         def restore(grad):
-            if self.resting is None:
-                self.resting = self.context
-                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
-            self.context = again
+            task = torch._C._current_graph_task_id()
+            if task not in self.recalled:
+                torch.autograd.Variable._execution_engine.queue_callback(partial(self.recalled.pop, task, None))
+            self.recalled[task] = again
 
         for t in tensors_in(output):
             if t.requires_grad:
                 t.register_hook(restore)
 
-    def end_backward(self) -> None:
-        self.context, self.resting = self.resting, None
+    def start_tracing(self, module: nn.Module, args) -> None:
+        self.outer = self.traced
+
+    def end_tracing(self, module: nn.Module, args, output) -> None:
+        self.traced, self.outer = self.outer, None
 
     def forget_missing(self, module: nn.Module, incompatible) -> None:
         """A checkpoint of the plain backbone loads strictly on an adapted host; adapters load by `load_adapter`."""
@@ -332,6 +433,7 @@ class Bank(nn.Module):
             h.remove()
         for m in self.nested:
             m.use_nested_tensor = True
+        self.context = EMPTY
         training = self.training
         del self.root._modules[BANK], self.root.__dict__["train"]
         for n, p in self.root.named_parameters():
@@ -345,7 +447,7 @@ class Port:
     def __init__(self, bank: Bank):
         self.bank = bank
         self.table: dict[str, list[tuple[Site, nn.Module]]] = {}
-        self.caught: Tensor | None = None
+        self.caught: Tensor | None = None  # while it is compiled; else `_local` keeps it, for each thread its own
 
     def add(self, name: str, site: Site, branch: nn.Module) -> None:
         self.table.setdefault(name, []).append((site, branch))
@@ -370,20 +472,56 @@ class Port:
         """Keeps the site's input on hosts whose residual sits inside the module around it (BERT)."""
         site = next(s for rows in self.table.values() for s, _ in rows if s.carrier)
         index = site.carrier[1]
-        self.caught = args[index] if len(args) > index else list(kwargs.values())[index - len(args)]
+        x = args[index] if len(args) > index else list(kwargs.values())[index - len(args)]
+        if torch.compiler.is_compiling():
+            self.caught = x
+        else:
+            _local.__dict__[id(self)] = x
 
     def after(self, module: nn.Module, args, kwargs, output):
         y = first = _first(output)
+        caught = self.caught if torch.compiler.is_compiling() else _local.__dict__.pop(id(self), None)
         for name, rows in self.table.items():
             parts = []
             for site, branch in rows:
-                x = self.caught if site.carrier else _first(args if args else tuple(kwargs.values()))
+                x = caught if site.carrier else _first(args if args else tuple(kwargs.values()))
                 part = y if site.rows is None else y[..., site.rows[0] : site.rows[1]]
-                context = self.bank.context_at(name, site, branch)
-                parts.append((site.rows, _run(branch, x, part, context, site.batch_first)))
+                parts.append((site.rows, self.run(name, site, branch, x, part, site.batch_first)))
             y = _join(y, parts)
         self.caught = None
         return _with_first(output, y) if y is not first else None
+
+    def run(self, name: str, site: Site, branch: nn.Module, x: Tensor, y: Tensor, batch_first: bool = True) -> Tensor:
+        """What a branch makes of y; of a merged adapter's, what its weights do not say."""
+        call = branch.rest if name == self.bank.merged else branch
+        return _run(branch, call, x, y, self.bank.context_at(name, site, branch), batch_first)
+
+
+class PackedPort(Port):
+    """Stands in for the forward of an nn.MultiheadAttention, whose projections no hook can see."""
+
+    def stand_in(self, module: nn.MultiheadAttention) -> None:
+        self.module = module
+        module.__dict__["forward"] = self.forward
+        self.mark = module.register_forward_pre_hook(_nothing)  # torch's fused encoder layer passes by what has none
+
+    def remove(self) -> None:
+        del self.module.__dict__["forward"]
+        self.mark.remove()
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs):
+        return attend(self.module, self.change, query, key, value, *args, **kwargs)
+
+    def change(self, part: str, x: Tensor, y: Tensor) -> Tensor:
+        for name, rows in self.table.items():
+            for site, branch in rows:
+                if site.role.rpartition(".")[2] == part:
+                    y = self.run(name, site, branch, x, y)
+        return y
+
+
+def _nothing(module: nn.Module, args) -> None:
+    """Stays at a module only to be seen."""
 
 
 # (adapter, key of a tensor it holds) or (site, branch that changes its weight or bias)
@@ -395,17 +533,27 @@ class Shadow:
 
     def __init__(self):
         self.entries: dict[tuple[str, str], tuple[nn.Module, list[Change]]] = {}
+        self.running = 0  # forwards of several threads
 
     def add(self, module: nn.Module, path: str, param: str, changes: list[Change]) -> None:
         self.entries[path, param] = (module, changes)
 
     def before(self, module: nn.Module, args) -> None:
+        self._count(1)
         for (_, param), (target, changes) in self.entries.items():
             target.__dict__[param] = effective(target, param, changes)
 
     def after(self, module: nn.Module, args, output) -> None:
-        for (_, param), (target, _) in self.entries.items():
-            target.__dict__.pop(param, None)
+        if self._count(-1) <= 0:  # the last thread puts out the light
+            for (_, param), (target, _) in self.entries.items():
+                target.__dict__.pop(param, None)
+
+    def _count(self, step: int) -> int:
+        if torch.compiler.is_compiling():
+            return 0
+        with _lock:
+            self.running = max(0, self.running + step)
+        return self.running
 
 
 def effective(module: nn.Module, param: str, changes: list[Change]) -> Tensor:
@@ -500,15 +648,15 @@ def _has_forward(branch: nn.Module) -> bool:
     return "forward" in type(branch).__dict__ or type(branch).forward is not nn.Module.forward
 
 
-def _run(branch: nn.Module, x: Tensor, y: Tensor, context: Context, batch_first: bool) -> Tensor:
-    """branch(x, y) with tokens as (B, T, D), in the branch's own precision unless autocast chooses one."""
+def _run(branch: nn.Module, call: Callable, x: Tensor, y: Tensor, context: Context, batch_first: bool) -> Tensor:
+    """call(x, y) of a branch, with tokens as (B, T, D), in the branch's own precision unless autocast chooses one."""
     dtype = y.dtype
     if not batch_first and y.ndim == 3:
         x, y = x.transpose(0, 1), y.transpose(0, 1)
     own = next((p.dtype for p in branch.parameters()), dtype)
     if own != dtype and not torch.is_autocast_enabled(y.device.type):
         x, y = x.to(own), y.to(own)
-    out = branch(x, y, context).to(dtype)
+    out = call(x, y, context).to(dtype)
     return out.transpose(0, 1) if not batch_first and out.ndim == 3 else out
 
 
@@ -555,10 +703,14 @@ def _embeddings(root: nn.Module) -> list[nn.Module]:
         found = [root.get_submodule(s.path) for s in find_sites(root, "patch_embed")]
     except LookupError:
         found = []
+    with contextlib.suppress(LookupError):
+        blocks = tuple(f"{site.path}." for site in find_sites(root, "block"))
+        tables = (n for n, m in root.named_modules() if isinstance(m, nn.Embedding) and is_base(n))
+        found += [root.get_submodule(n) for n in tables if not n.startswith(blocks)]  # in them: T5's distances
     get = getattr(root, "get_input_embeddings", None)
     with contextlib.suppress(Exception):  # some transformers classes have the method and no embeddings
         found += [get()] if get and isinstance(get(), nn.Module) else []
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _checkpoints(module: nn.Module) -> bool:

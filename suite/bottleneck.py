@@ -185,10 +185,14 @@ class BottleneckBranch(InsertBranch):
                 initialise(layer, start)
 
     def adapt(self, tokens: Tensor, context) -> Tensor:
-        h = self.between(self.activate(self.down(tokens)), context)
+        h = self.between(self.activate(self.narrow(tokens, context)), context)
         h = F.dropout(h, self.dropout, self.training) if self.dropout else h
         z = self.up(h)
         return z if self.scale is None else z * self.scale
+
+    def narrow(self, tokens: Tensor, context) -> Tensor:
+        """Hidden features (B, ..., R) of the tokens, before the activation."""
+        return self.down(tokens)
 
     def activate(self, h: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](h)

@@ -116,7 +116,7 @@ def write_graph(
     with torch.no_grad():
         expected = graph(**inputs)
     if job.handle.method.mergeable is True:
-        job.handle.bake()
+        (job.handle.merge if job.handle.bank.rests(job.handle.name) else job.handle.bake)()
     return write(job.out, graph, inputs, expected, facts)
 
 

@@ -12,7 +12,6 @@ from adaptsuite.bank import (
     BANK,
     Adapter,
     Bank,
-    Context,
     base_state,
     copy_base,
     effective,
@@ -307,12 +306,12 @@ class Handle:
 
     @contextlib.contextmanager
     def using(self, **context: Any) -> Iterator[None]:
-        """Gives branches their context (`token_mask=`, `features=`) for the forwards inside the `with`."""
-        before, self.bank.context = self.bank.context, Context(**context)
-        try:
+        """Gives branches their context (`token_mask=`, `features=`) for the forwards inside the `with`, in this thread.
+
+        Backward finds the context of its own forward, also when it runs later.
+        """
+        with self.bank.using(**context):
             yield
-        finally:
-            self.bank.context = before
 
     # ---- what trains
 
@@ -332,13 +331,14 @@ class Handle:
         """Optimiser groups {"name": adapter | norm | head, "lr_scale", "params": [], "names": []}; no empty ones.
 
         lr_scale: 1, or what a tensor's module (of the base or of a branch) says in its `lr_scale` {parameter: factor},
-        times the tensor's layer_factor (adaptsuite.depth), which is 1 for what belongs to no one place of the model.
+        times the tensor's layer_factor (adaptsuite.depth) and the factor of its place in `adapter.rates`, which are 1
+        for what belongs to no one place of the model.
         """
         factor = layer_factor(self.model, layer_decay)
         groups: dict[tuple[str, float], dict[str, Any]] = {}
         for name, p in self.trained().items():
-            kind, place = self.kind(name), self._place_of(name)
-            scale = 1.0 if place is None else factor(place)
+            kind, place = self.kind(name), self.place_of(name)
+            scale = 1.0 if place is None else factor(place) * self.adapter.rate_at(place)
             if not name.startswith("base."):
                 held = name.startswith("tensors.")
                 path, param = split_key(name.removeprefix("tensors.")) if held else name.rsplit(".", 1)
@@ -350,7 +350,7 @@ class Handle:
             group["names"].append(name)
         return list(groups.values())
 
-    def _place_of(self, name: str) -> str | None:
+    def place_of(self, name: str) -> str | None:
         """Path in the model that a name of `trained()` acts at; None for factors that several sites share."""
         first, *rest = name.split(".")
         if first in ("tensors", "base"):
@@ -474,7 +474,13 @@ class Handle:
         bank.wire()
 
     def bake(self) -> nn.Module:
-        """Merges for good and takes the bank off: a plain model with new weights."""
+        """Merges for good and takes the bank off: a plain model with new weights.
+
+        Raises UsageError where a merge leaves something to every sample, which needs the bank.
+        """
+        if self.bank.rests(self.name):
+            name = self.method.name
+            raise UsageError(f"method {name!r} keeps a bias of each sample when it is merged: use merge(), not bake()")
         if self.bank.merged != self.name:
             self.merge()
         del self.adapter.unmerged

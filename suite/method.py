@@ -40,6 +40,7 @@ class Method:
     identity_at_start: bool = True  # the adapted host equals the backbone before training
     mergeable: bool | str = True  # True, or the reason why not
     norms: tuple[str, ...] = ("final",)  # norms trained too where a domain asks for it: final, beside
+    needs_features: bool = False  # forwards need the features of another modality in their context
     needs_head: bool = False  # without a `head=` the host's own head is trained
     in_place: bool = False  # trains the base tensors themselves; cannot be combined
 

@@ -51,7 +51,7 @@ def to_peft(handle: Handle, folder: str | Path) -> Path:
     folder, adapter, method = Path(folder), handle.adapter, handle.method
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} holds something that is no peft adapter: give another folder")
-    if not isinstance(method, Lora):
+    if type(method) is not Lora:  # nor a method that adds to it
         raise UsageError(f"method {method.name!r} has no form in peft; only lora can be written")
     sites = {key: adapter.sites[key] for key in adapter.branches}
     saved = sorted({key.replace("/", ".").rpartition(".")[0] for key in adapter.tensors})

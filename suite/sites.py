@@ -4,7 +4,8 @@ A model is walked once for blocks. A block is any module whose parts match one r
 widths of the parts), wherever it sits, so task models, two-tower models and backbones of other libraries work alike.
 Roles: attn.q attn.k attn.v attn.qkv attn.out attn mlp.in mlp.out mlp block norm patch_embed cls head; a role with a
 question mark behind it ("patch_embed?") is taken where a host has it.
-Only self-attention is listed; cross-attention inside decoder blocks is left alone.
+Attention to another sequence, inside decoder blocks, has the roles cross.q cross.k cross.v cross.out cross; its keys
+and values read that sequence. "language_model:attn.q" is a role in one component alone.
 A block of your own is found when its parts have the names of one row. Where its norms stand it says itself, by the
 `norm_first` of torch's encoder layers: False for x = norm(x + attn(x)).
 """
@@ -20,8 +21,8 @@ from torch import nn
 BANK = "adapter_bank"  # submodule of an adapted host that holds the adapters: never searched
 
 ROLES = (
-    "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "attn", "mlp.in", "mlp.out", "mlp",
-    "block", "norm", "patch_embed", "cls", "head",
+    "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "attn", "cross.q", "cross.k", "cross.v", "cross.out", "cross",
+    "mlp.in", "mlp.out", "mlp", "block", "norm", "patch_embed", "cls", "head",
 )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ class Site:
     component: str = ""  # prefix of the sub-model, as in Component
     prefix_tokens: int = 0  # CLS, distillation and register tokens in front of the others, where known
     depth: int = 0  # blocks of the component
+    causal: bool = False  # its tokens see no later ones, as far as the attention itself tells
 
     @property
     def key(self) -> str:
@@ -113,6 +115,8 @@ LAYOUTS = (
     Layout("attention", "norm1", (("mlp", "norm2"),)),  # DINOv2, DINOv3
     Layout("self_attn", "layer_norm1", (("mlp", "layer_norm2"),)),  # CLIP, SigLIP
     Layout("attention", "layer_norm", (("feed_forward", "final_layer_norm"),), _wav2vec2_pre_norm),  # torchaudio too
+    Layout("attention", "attention.output.LayerNorm", (("", "output_query.LayerNorm"),), False,
+           "attention.output.dense", ("attention.output", 1), ("output_query", 1)),  # BLIP-2's Q-Former
     Layout("attention", "attention.output.LayerNorm", (("", "output.LayerNorm"),), False,
            "attention.output.dense", ("attention.output", 1), ("output", 1)),  # BERT, RoBERTa, ELECTRA
     Layout("attention.attn", "attention.LayerNorm", (("", "output.LayerNorm"),), False,
@@ -153,13 +157,15 @@ IN_ORDER = {
     "monai.networks.blocks.selfattention.SABlock", "monai.networks.nets.swin_unetr.WindowAttention",
     "transformers.models.gpt2.modeling_gpt2.GPT2Attention", "transformers.models.phi3.modeling_phi3.Phi3Attention",
     "transformers.models.modernbert.modeling_modernbert.ModernBertAttention", "open_clip.transformer.Attention",
-    "torch.nn.modules.activation.MultiheadAttention",
+    "torch.nn.modules.activation.MultiheadAttention", "transformers.models.blip_2.modeling_blip_2.Blip2Attention",
+    "transformers.models.blip.modeling_blip.BlipAttention",
 }  # fmt: skip
 
 # inside an MLP module: (the layers that read the tokens, the layer that writes them)
 MLPS = (
     (("fc1",), "fc2"), (("fc1_g", "fc1_x"), "fc2"), (("w12",), "w3"), (("w1", "w2"), "w3"), (("linear1",), "linear2"),
     (("c_fc",), "c_proj"), (("intermediate_dense",), "output_dense"), (("intermediate.dense",), "output.dense"),
+    (("intermediate_query.dense",), "output_query.dense"),
     (("gate_proj", "up_proj"), "down_proj"), (("gate_up_proj",), "down_proj"), (("up_proj",), "down_proj"),
     (("wi_0", "wi_1"), "wo"), (("wi",), "wo"), (("lin1",), "lin2"), (("Wi",), "Wo"), (("ffn",), "ffn_output"),
     (("weights_in",), "weights_out"), (("dense_h_to_4h",), "dense_4h_to_h"),
@@ -180,7 +186,7 @@ FINAL_NORMS = (
 )  # fmt: skip
 # before the blocks of post-norm hosts
 EARLY_NORMS = ("encoder.layer_norm", "encoder.transformer.layer_norm", "embeddings.LayerNorm")
-CROSS = ("encoder_attn", "multihead_attn", "crossattention")  # attention to another sequence, in decoder blocks
+CROSS = ("encoder_attn", "multihead_attn", "crossattention", "layer.1.EncDecAttention")  # to another sequence
 HEADS = (
     "head", "heads", "classifier", "classification_head", "score", "lm_head", "cls", "qa_outputs", "out", "fc",
 )  # fmt: skip
@@ -194,21 +200,42 @@ def find_sites(model: nn.Module, roles: str | Sequence[str]) -> list[Site]:
     Raises LookupError when a role without "?" has no match, listing what there is, and when a fused weight's order is
     not known.
     """
-    found, blocked = _index(model)
+    everywhere, blocked = _index(model)
     sites: dict[str, Site] = {}
-    for role in [roles] if isinstance(roles, str) else roles:
+    for wanted in [roles] if isinstance(roles, str) else roles:
+        component, _, role = wanted.rpartition(":")
+        prefixes = component_prefixes(model, component) if component else None
+        found = everywhere if prefixes is None else _within(prefixes, everywhere)
         if role.endswith("?") and role[:-1] in ROLES:
             role = role[:-1]
             if not found[role] or role in blocked:
                 continue
-        if role in blocked:
-            raise LookupError(f"site {role!r} cannot be cut out of {blocked[role]}; take 'attn.qkv'")
+        closed = [path for c, path in blocked.get(role, {}).items() if prefixes is None or c in prefixes]
+        if closed:
+            raise LookupError(f"site {role!r} cannot be cut out of {closed[0]}; take 'attn.qkv'")
         if not found.get(role):
             has = ", ".join(name for name in ROLES if found.get(name)) or "no block of a known layout"
-            raise LookupError(f"site {role!r} is not in {_families(model)}; it has: {has}")
+            raise LookupError(f"site {role!r} is not in {component or _families(model)}; it has: {has}")
         for site in found[role]:
             sites.setdefault(site.key, site)
     return list(sites.values())
+
+
+def _within(prefixes: list[str], found: dict[str, list[Site]]) -> dict[str, list[Site]]:
+    return {role: [site for site in sites if site.component in prefixes] for role, sites in found.items()}
+
+
+def component_prefixes(model: nn.Module, name: str) -> list[str]:
+    """Prefixes of the components that a name stands for: the prefix, a path above it, or one part of it.
+
+    `vision_tower` is model.vision_tower, and `decoder` is language_model.model.decoder. Raises LookupError for others.
+    """
+    known = [tower.info.prefix for tower in _towers(model)]
+    found = [p for p in known if p == name or p.startswith(f"{name}.") or name in p.split(".")]
+    if not found:
+        has = ", ".join(filter(None, known)) or "one component without a name"
+        raise LookupError(f"component {name!r} is not in the model; it has: {has}")
+    return found
 
 
 def roles(model: nn.Module) -> dict[str, int]:
@@ -489,21 +516,22 @@ def _is_norm(module) -> bool:
 # ---- sites ----
 
 
-def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
-    """All sites by role, and the roles that cannot be had with the reason."""
+def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, dict[str, str]]]:
+    """All sites by role, and the roles that cannot be had: in which component, and what they are part of."""
     found: dict[str, list[Site]] = {role: [] for role in ROLES}
-    blocked: dict[str, str] = {}
+    blocked: dict[str, dict[str, str]] = {}
     for tower in _towers(model):
         early = ((_join(tower.root, name), tower.blocks[0].dim) for name in EARLY_NORMS)
         before = next((path for path, dim in early if _is_norm(n := _at(model, path)) and len(n.weight) == dim), None)
         for index, block in enumerate(tower.blocks):
+            causal, info = _causal(_at(model, block.path), block.layout), tower.info
             for site in _block_sites(model, block, before):
-                info = tower.info
-                own = {"prefix_tokens": info.num_prefix_tokens, "depth": info.num_blocks}
+                own = {"prefix_tokens": info.num_prefix_tokens, "depth": info.num_blocks, "causal": causal}
                 found[site.role].append(replace(site, block=index, component=info.prefix, **own))
             before = _join(block.path, block.mlps[-1][1])
             if block.blocked:
-                blocked |= {role: f"{_join(block.path, block.blocked)}" for role in ("attn.q", "attn.k", "attn.v")}
+                for role in ("attn.q", "attn.k", "attn.v"):
+                    blocked.setdefault(role, {})[info.prefix] = _join(block.path, block.blocked)
         for site in _outer_sites(model, tower):
             found[site.role].append(replace(site, component=tower.info.prefix, depth=tower.info.num_blocks))
     return {role: list({site.key: site for site in sites}.values()) for role, sites in found.items()}, blocked
@@ -512,10 +540,8 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, str]]:
 def _block_sites(model: nn.Module, block: _Block, before: str | None) -> Iterator[Site]:
     """before: the norm that the input of a post-norm block has passed, in the block before or ahead of the first."""
     layout, module, dim = block.layout, _at(model, block.path), block.dim
-    if any(_at(module, name) is not None for name in CROSS):  # its norms stand between the two halves
-        between = None
-    else:
-        between = _join(block.path, layout.norm)
+    cross = next((name for name in CROSS if _at(module, name) is not None), None)
+    between = _join(block.path, layout.norm) if cross is None else None  # its norms stand between the two halves
 
     def at(path: str) -> str:
         return _join(block.path, path)
@@ -535,6 +561,12 @@ def _block_sites(model: nn.Module, block: _Block, before: str | None) -> Iterato
     for role, parts in block.attention.items():
         yield from (weights(role, part, None if role == "attn.out" else norm) for part in parts)
     yield tokens("attn", layout.attn_site or layout.attn, norm, layout.attn_carrier)
+    for role, parts in _cross_attention(module, cross).items():
+        yield from (weights(role, part) for part in parts)
+    if cross is not None:
+        inner = f"{cross}.output.dense"  # where the residual lies inside, as in BERT
+        is_inner = _at(module, inner) is not None
+        yield tokens("cross", inner if is_inner else cross, None, (f"{cross}.output", 1) if is_inner else None)
     for path, norm_path, ins, out in block.mlps:
         norm = beside(norm_path, between)
         yield from (weights("mlp.in", part, norm) for part in ins)
@@ -549,6 +581,20 @@ def _block_sites(model: nn.Module, block: _Block, before: str | None) -> Iterato
         if _is_norm(part) and not unused:
             width, bias = part.weight.shape[0], None if getattr(part, "bias", None) is None else "bias"
             yield replace(tokens("norm", name), dim=width, dim_out=width, bias=bias)
+
+
+def _cross_attention(block: nn.Module, path: str | None) -> dict[str, list[_Weight]]:
+    """Weights by role of attention to another sequence; GPT-2's, with keys and values in one, is left alone."""
+    found = _attention(block, path) if path and not hasattr(_at(block, path), "q_attn") else None
+    parts = ("q", "k", "v", "out")
+    return {f"cross.{p}": found[0][f"attn.{p}"] for p in parts if found and f"attn.{p}" in found[0]}
+
+
+def _causal(block: nn.Module, layout: Layout) -> bool:
+    """Whether a block's own attention says that it is causal. Many are told so by a mask alone."""
+    attention = _at(block, layout.attn)
+    holders = [holder for name in HOLDERS if isinstance(holder := _at(attention, name), nn.Module)]
+    return any(getattr(h, name, False) is True for h in holders for name in ("is_causal", "is_decoder"))
 
 
 def _outer_sites(model: nn.Module, tower: _Tower) -> Iterator[Site]:

@@ -16,7 +16,7 @@ from adaptsuite.artifact import RECORD, TENSORS, Source, base_fingerprint, finge
 from adaptsuite.errors import AdapterError, UsageError
 from adaptsuite.host import attach
 from adaptsuite.identity import json_hash
-from adaptsuite.method import methods
+from adaptsuite.method import method_class, methods
 from adaptsuite.testing import HOSTS
 from adaptsuite.verify import _perturb
 
@@ -97,7 +97,7 @@ ON_A_GRID = {"convpass": {}} | {f"vision.ila{plus}": {"locations": (0,)} for plu
 
 
 def pairs():
-    for method in methods():
+    for method in (m for m in methods() if not method_class(m).needs_features):  # those: tests/vl
         yield from ((family, method) for family in HEADS if method not in ON_A_GRID or family == "timm_vit")
 
 
