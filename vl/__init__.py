@@ -1,1 +1,14 @@
-"""Vision-language domain of adaptsuite."""
+"""Vision-language domain of adaptsuite: adapters through which an image acts in a text model (`vl.routed_lora`)."""
+
+import importlib
+
+# public name -> module; resolved on first use, so that `adapt --help` imports no torch
+_PUBLIC = {"Conditioned": "context", "with_context": "context", "adapt": "hosts", "parts": "hosts", "table": "hosts"}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"adaptsuite.vl.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'adaptsuite.vl' has no attribute {name!r}")
