@@ -157,6 +157,8 @@ class AuditLog:
             raise DataError(f"{self.path}: its last line was changed; {KEEP}")
         if head not in ((entry["n"] + 1, entry["hash"]), (entry["n"], entry["previous"])):  # killed before the head
             raise DataError(f"{self.path}: its end, or its head, is not what was last written; {KEEP}")
+        if head[0] == entry["n"]:  # killed once more before the head, it would be two lines behind
+            self._seal(entry["n"] + 1, entry["hash"])
         return entry["hash"], entry["n"] + 1, size
 
     def _signed(self, entry: Mapping[str, Any]) -> bool:
