@@ -12,7 +12,6 @@ import numpy as np
 from torch import nn
 
 from adaptsuite.domain import Said
-from adaptsuite.errors import UsageError
 from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle
 from adaptsuite.image_task import FrontEndSettings, ImageDomain
@@ -88,8 +87,7 @@ class MedicalDomain(ImageDomain):
     def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
         if recipe.data.task == SEGMENTATION:
             return self.masks.settle(recipe)
-        if recipe.head.get("kind") == "unet":
-            raise UsageError("head.kind=unet gives masks: add --set data.task=segmentation")
+        MaskHead(**recipe.head).require_labels()
         require_known(MaskAugment(**recipe.augment), segments=False)
         return super().settle(recipe, paths)
 

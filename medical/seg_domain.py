@@ -18,7 +18,7 @@ from adaptsuite.medical import seg_evidence
 from adaptsuite.medical.findings import EvidenceSettings
 from adaptsuite.medical.seg_data import WHOLE, MaskAugment, Masked, Truth, read_labels, require_known
 from adaptsuite.medical.seg_task import SHARE, FullSize, SegmentationTask, choose_rules, finding_scores, ruled
-from adaptsuite.medical.segmentation import KINDS, MaskHead, SegmentationModel
+from adaptsuite.medical.segmentation import LEVELS, MaskHead, SegmentationModel
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
 from adaptsuite.recipe import DataSettings, Recipe
@@ -86,8 +86,8 @@ class Segmentation:
             if front.get(name) not in (None, *known):
                 shown = " or ".join(map(str, known))
                 raise UsageError(f"front_end.{name}={front[name]}: a mask covers the whole picture, so {shown} here")
-        if head.kind not in KINDS:
-            raise UsageError(f"head.kind={head.kind} gives no masks: take {' or '.join(KINDS)}")
+        if head.kind not in LEVELS:
+            raise UsageError(f"head.kind={head.kind} gives no masks: take {' or '.join(LEVELS)}")
         if head.pool is not None or head.balance != "none":
             raise UsageError("head.pool and head.balance are for labels, not for masks")
         require_known(MaskAugment(**recipe.augment), segments=True)
@@ -108,8 +108,7 @@ class Segmentation:
     def decided(self, recipe: Recipe, model: SegmentationModel) -> Recipe:
         """With the backbone's own preprocessing, and the blocks that the head reads."""
         front = {**recipe.front_end, **asdict(model.front_end), **asdict(model.reading)}
-        after = tuple(model.taps.after) if recipe.head.get("kind") == "unet" else ()
-        return replace(recipe, front_end=front, head={**recipe.head, "after": after})
+        return replace(recipe, front_end=front, head={**recipe.head, "after": tuple(model.taps.after)})
 
     def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> SegmentationTask:
         tta = recipe.front_end.get("tta", "none")

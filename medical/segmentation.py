@@ -19,8 +19,7 @@ from adaptsuite.grid import to_map
 from adaptsuite.image_task import HeadSettings
 from adaptsuite.sites import BANK, find_sites, patch_maps
 
-KINDS = ("linear", "unet")
-LEVELS = 4  # maps that a U-Net reads where `after` is not said
+LEVELS = {"linear": 1, "unet": 4}  # maps that are read where `after` is not said
 GROUPS = 8  # of its norms: they have no running statistics, so small batches and training mode change nothing
 STEEPEST = 4  # channels double with each level, up to so many times `width`
 
@@ -30,10 +29,19 @@ class MaskHead(HeadSettings):
     """Section `head` of a recipe; unet and what stands below it are for segmentation."""
 
     kind: Literal["linear", "ifa", "unet"] = "linear"
-    after: tuple[int, ...] = ()  # unet: reads the maps behind so many blocks (FetalCLIP: 6,8,12,24); none: 4, evenly
+    after: tuple[int, ...] = ()  # masks: read behind so many blocks (FetalCLIP: 6,8,12,24); none: 4 or the last
     width: int = 32  # unet: channels at the input's resolution
     loss: Literal["dice", "dice_ce"] = "dice_ce"
     smooth: float = 1.0  # of the Dice loss, in pixels
+
+    def require_labels(self) -> None:
+        """Raises UsageError for settings of masks."""
+        plain = MaskHead()
+        for name in ("after", "width", "loss", "smooth"):
+            if getattr(self, name) != getattr(plain, name):
+                raise UsageError(f"head.{name} is for masks: add --set data.task=segmentation")
+        if self.kind == "unet":
+            raise UsageError("head.kind=unet gives masks: add --set data.task=segmentation")
 
     def __post_init__(self) -> None:
         if self.width < GROUPS or self.width % GROUPS:
@@ -45,11 +53,11 @@ class MaskHead(HeadSettings):
 class Taps:
     """Where a backbone's maps (B, D, h, w) are taken from: behind some of its blocks, or timm's stages without blocks.
 
-    after: how many blocks lie before each; none: `LEVELS` of them evenly up to the last. Hooks last one forward only,
+    after: how many blocks lie before each; none: `levels` of them evenly up to the last. Hooks last one forward only,
     so that they see what adapters have done, whenever those came.
     """
 
-    def __init__(self, backbone: nn.Module, after: Sequence[int] = ()):
+    def __init__(self, backbone: nn.Module, after: Sequence[int] = (), levels: int = 4):
         try:
             sites = find_sites(backbone, "block")
         except LookupError:
@@ -66,7 +74,7 @@ class Taps:
             dims = [stage["num_chs"] for stage in stages]
         else:
             dims = [s.dim for s in sites]
-        self.after = _spread(after, len(dims))
+        self.after = _spread(after, len(dims), levels)
         self.dims = [dims[n - 1] for n in self.after]
         self.paths = [] if self.stages else [sites[n - 1].path for n in self.after]
         self.patches = next(iter(images.values()), None)
@@ -105,9 +113,9 @@ class Taps:
         return to_map(tokens, self.prefix + more, grid)[1]
 
 
-def _spread(after: Sequence[int], depth: int) -> list[int]:
+def _spread(after: Sequence[int], depth: int, levels: int) -> list[int]:
     if not after:
-        return sorted({max(1, round(depth * (i + 1) / LEVELS)) for i in range(LEVELS)})
+        return sorted({max(1, round(depth * (i + 1) / levels)) for i in range(levels)})
     if list(after) != sorted(set(after)) or not 1 <= after[0] <= after[-1] <= depth:
         raise UsageError(f"head.after={','.join(map(str, after))}: rising numbers of 1 to {depth} blocks are expected")
     return list(after)
@@ -210,13 +218,15 @@ class SegmentationModel(nn.Module):
     def __init__(self, backbone: nn.Module, front_end: FrontEnd, num_classes: int, head: MaskHead | None = None):
         super().__init__()
         head = head or MaskHead()
-        if head.kind not in KINDS:
-            raise UsageError(f"head.kind={head.kind} gives no masks: take {' or '.join(KINDS)}")
+        if head.kind not in LEVELS:
+            raise UsageError(f"head.kind={head.kind} gives no masks: take {' or '.join(LEVELS)}")
+        if head.kind == "linear" and len(head.after) > 1:
+            raise UsageError(f"head.after={','.join(map(str, head.after))}: a linear head reads one map")
         self.front_end, self.backbone = front_end, backbone
         for name in ("mean", "std"):
             value = torch.tensor(getattr(front_end, name)).view(1, -1, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        self.taps = Taps(backbone, head.after)
+        self.taps = Taps(backbone, head.after, LEVELS[head.kind])
         if head.kind == "linear":
             self.head = LinearMasks(self.taps.dims, num_classes)
         else:

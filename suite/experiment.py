@@ -67,6 +67,8 @@ def read_table(domain: Domain, recipe: Recipe) -> Manifest:
     """The recipe's table, its files looked at (`usable`). Raises DataError or UsageError."""
     if not recipe.data.manifest:
         raise UsageError("no data: name a CSV or a folder of classes with --data")
+    if recipe.data.classes and recipe.data.task != "segmentation":
+        raise UsageError("data.classes names what masks hold: add --set data.task=segmentation")
     manifest = domain.table(recipe.data)
     return usable(domain, manifest, recipe.data.skip_bad)
 

@@ -17,6 +17,7 @@ from adaptsuite.front_end import FrontEnd
 from adaptsuite.manifest import Manifest, Row, load_manifest, split
 from adaptsuite.medical import surface
 from adaptsuite.medical.area_rule import AREA, PIXEL, PIXELS, area_shares, is_positive
+from adaptsuite.medical.classifier import load
 from adaptsuite.medical.findings import EvidenceSettings
 from adaptsuite.medical.pipeline import DOMAIN
 from adaptsuite.medical.seg_data import Masked, Truth
@@ -340,10 +341,16 @@ def test_recipes_that_masks_cannot_follow_are_refused(changes, said):
         complete(DOMAIN, replace(recipe, data=replace(recipe.data, task="segmentation")))
 
 
-def test_a_unet_for_labels_is_refused():
-    recipe = Recipe("medical", backbone="embedded:vision-tiny", method="lora", head={"kind": "unet"})
-    with pytest.raises(UsageError, match="gives masks"):
+@pytest.mark.parametrize("head", [{"kind": "unet"}, {"width": 16}, {"after": (2, 4)}, {"loss": "dice"}])
+def test_a_head_of_masks_for_labels_is_refused(head):
+    recipe = Recipe("medical", backbone="embedded:vision-tiny", method="lora", head=head)
+    with pytest.raises(UsageError, match="masks: add --set data.task=segmentation"):
         complete(DOMAIN, recipe)
+
+
+def test_classes_of_masks_for_labels_are_refused(study, adapt):
+    _, err = adapt("train", "--data", study, *OPTIONS[2:], "--set", "data.classes=a", "--dry-run", code=2)
+    assert "data.classes names what masks hold" in err
 
 
 # ---- the commands
@@ -367,7 +374,7 @@ def study(tmp_path_factory):
     return written(folder, rows, "path,mask,group,split")
 
 
-OPTIONS = ("--set", "data.task=segmentation", "--backbone", "embedded:vision-tiny", "--image-size", "32")
+OPTIONS = ("--set", "data.task=segmentation", "--backbone", "embedded:vision-tiny", "--image-size", "48")
 
 
 @pytest.mark.parametrize("kind", ["unet", "linear"])
@@ -391,7 +398,8 @@ def test_training_evaluation_prediction_and_report_of_masks(study, tmp_path, ada
     assert "foreground by area" in (tmp_path / "again" / "report.html").read_text()
     files = sorted(study.glob("patient_*.png"))[:4]
     said, _ = adapt("predict", out, *files, "--masks", tmp_path / "masks", "--json")
-    segmenter = Segmenter(out)
+    segmenter = load(out)
+    assert isinstance(segmenter, Segmenter)
     for own, file in zip(said["predictions"], files, strict=True):
         whole = segmenter.predict(file)
         assert np.array_equal(np.asarray(Image.open(own["mask"])), whole.mask) and whole.mask.shape == (40, 56)
@@ -413,6 +421,19 @@ def test_the_masks_of_evaluate_are_those_of_predict(study, tmp_path, adapt):
     said = Segmenter(out, batch_size=1).predict([r.path for r in manifest.rows])
     for i, own in enumerate(said):
         assert np.array_equal(own.probabilities, maps[i]) and np.array_equal(own.mask, labels_of(maps[i]))
+
+
+@pytest.mark.parametrize("kind", ["unet", "linear"])
+def test_doctor_finds_adapters_below_masks_alive(adapt, kind):
+    found, _ = adapt("doctor", *OPTIONS, "--set", f"head.kind={kind}", "--method", "lora", "--json")
+    assert found["ok"] and not [row for row in found["rows"] if row["state"] == "dead"]
+
+
+def test_an_adapter_of_masks_embeds_pictures(study, tmp_path, adapt):
+    plan = ("--method", "linear", "--epochs", "1", "--batch-size", "4", "--val", "none", "--out", tmp_path / "run")
+    adapt("train", "--data", study, *OPTIONS, *plan)
+    found, _ = adapt("embed", tmp_path / "run", study / "patient_smith_0.png", "--out", tmp_path / "e.npz", "--json")
+    assert found["rows"] == 1 and found["features"] == 128
 
 
 def test_a_damaged_mask_stops_before_training_or_is_left_out(study, tmp_path, adapt):

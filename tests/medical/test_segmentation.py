@@ -169,7 +169,7 @@ def test_prompts_do_not_move_the_patches(deep):
 
 
 def test_joined_tokens_are_put_back_on_their_smaller_grid():
-    own = model(timm_vit(reg_tokens=0), "linear")
+    own = model(timm_vit(reg_tokens=0))
     handle = attach(own, "vision.ila", sample=(pictures(),), head="head", locations=(2,), dropout=0.0)
     grids = []
     own.head.register_forward_pre_hook(lambda m, args: grids.append([tuple(x.shape[2:]) for x in args[0]]))
@@ -234,7 +234,12 @@ def test_a_saved_adapter_gives_the_same_masks(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"width": 12}, "multiple of 8"), ({"smooth": 0.0}, "above 0"), ({"kind": "ifa"}, "gives no masks")],
+    [
+        ({"width": 12}, "multiple of 8"),
+        ({"smooth": 0.0}, "above 0"),
+        ({"kind": "ifa"}, "gives no masks"),
+        ({"after": (1, 2)}, "a linear head reads one map"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(settings, said):
     with pytest.raises(UsageError, match=said):
