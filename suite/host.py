@@ -371,26 +371,30 @@ class Handle:
         }
 
     def report(self) -> list[dict[str, Any]]:
-        """Per component of the model: how many values are trained and frozen, and the bytes of the trained ones."""
+        """Per component of the model, and per child outside components: values trained (of which norm, head), frozen,
+        and the bytes of the trained ones."""
         prefixes = sorted((c.prefix for c in component_info(self.model)), key=len, reverse=True)
-
-        def component(path: str) -> str:
-            return next((p for p in prefixes if not p or path == p or path.startswith(p + ".")), "")
-
         rows: dict[str, dict[str, Any]] = {}
+
+        def row(path: str | None) -> dict[str, Any]:
+            name = "shared" if path is None else path.partition(".")[0]
+            if path is not None:
+                name = next((p for p in prefixes if not p or path == p or path.startswith(f"{p}.")), name)
+            return rows.setdefault(name, {"trained": 0, "norm": 0, "head": 0, "frozen": 0, "bytes": 0})
+
         trained = self.trained()
         for name, p in self.model.named_parameters():
             if is_base(name):
-                row = rows.setdefault(component(name), {"trained": 0, "frozen": 0, "bytes": 0})
                 held = tensor_key(name) in self.adapter.tensors or f"base.{tensor_key(name)}" in trained
-                row["frozen"] += 0 if held else p.numel()
+                row(name)["frozen"] += 0 if held else p.numel()
         for name, p in trained.items():
-            parts = name.split(".")
-            path = next((p for p in parts if "/" in p), parts[1]).partition(":")[0].replace("/", ".")
-            row = rows.setdefault(component(path), {"trained": 0, "frozen": 0, "bytes": 0})
-            row["trained"] += p.numel()
-            row["bytes"] += p.numel() * p.element_size()
-        return [{"component": name or "model", **row} for name, row in sorted(rows.items())]
+            shared = (part.partition(":")[0].replace("/", ".") for part in name.split(".") if "/" in part)
+            found, kind = row(self.place_of(name) or next(shared, None)), self.kind(name)
+            found["trained"] += p.numel()
+            found["bytes"] += p.numel() * p.element_size()
+            if kind in found:
+                found[kind] += p.numel()
+        return [{"component": name or "model", **found} for name, found in sorted(rows.items())]
 
     def regulariser(self) -> Tensor | None:
         return self.method.regulariser(self)

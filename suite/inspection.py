@@ -4,13 +4,21 @@ from collections import Counter
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+from torch import Tensor
+
 from adaptsuite import recipe as recipes
+from adaptsuite.backbones import load_backbone
+from adaptsuite.bank import split_key
 from adaptsuite.domain import Domain
 from adaptsuite.errors import DataError
 from adaptsuite.experiment import HEAD, adapt, complete, damaged, skipped_rows
+from adaptsuite.front_end import NotForPictures
+from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Row, split
-from adaptsuite.method import method_class, methods
+from adaptsuite.method import method_class, methods, resolve
 from adaptsuite.recipe import Recipe, shipped_recipes
+from adaptsuite.sites import example_input
 from adaptsuite.verify import verify
 
 Found = tuple[list[str], dict[str, Any]]  # lines for a terminal, and the same for --json
@@ -57,8 +65,13 @@ def backbone_info(domain: Domain, recipe: Recipe) -> Found:
     from adaptsuite.sites import find_sites, roles
 
     recipe = complete(domain, recipe)
-    model = domain.model(recipe, ["a", "b"])
-    called, sites = called_modules(model, domain.sample(model)), roles(model)
+    try:
+        model = domain.model(recipe, ["a", "b"])
+        sample, about = domain.sample(model), domain.describe(model)
+    except NotForPictures as e:
+        model = load_backbone(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0])
+        sample, about = example_input(model), {"input": str(e)}
+    called, sites = called_modules(model, sample), roles(model)
     unseen = sorted({s.role for role in sites for s in find_sites(model, role) if s.path not in called})
     found = {
         "backbone": recipe.backbone,
@@ -67,13 +80,13 @@ def backbone_info(domain: Domain, recipe: Recipe) -> Found:
         "fingerprint": base_fingerprint(model, (HEAD,)),
         "sites": sites,
         "shadow_sites": unseen,
-        **domain.describe(model),
+        **about,
     }
     lines = [
         f"backbone     {found['backbone']}  {found['parameters'] / 1e6:.2f} M parameters",
         f"fingerprint  {found['fingerprint']}",
         *(f"site         {role:<12} {count}" for role, count in sites.items()),
-        *(f"{key:<12} {value}" for key, value in domain.describe(model).items()),
+        *(f"{key:<12} {value}" for key, value in about.items()),
     ]
     if unseen:
         lines.append(f"read without a call: {', '.join(unseen)}")
@@ -139,15 +152,27 @@ def _span(values: list[float]) -> dict[str, float]:
 
 
 def examine(domain: Domain, recipe: Recipe) -> Found:
-    """Liveness and promises of a fresh adapter (adaptsuite.verify.Verification as a dict), and what trains where."""
-    recipe = complete(domain, recipe)
-    handle = adapt(domain, recipe, ["a", "b", "c"])
-    found = verify(handle, domain.sample(handle.model), fresh=True)
-    counts = handle.parameters_count()
+    """Liveness and promises of a fresh adapter (adaptsuite.verify.Verification as a dict), and what trains where.
+
+    A network that takes no pictures, or gives no features to a head, is looked at by itself.
+    """
+    recipe, notes = complete(domain, recipe), []
+    try:
+        handle = adapt(domain, recipe, ["a", "b", "c"])
+        sample = domain.sample(handle.model)
+    except NotForPictures as e:
+        handle, sample = _alone(recipe)
+        shape = " x ".join(map(str, sample[0].shape))
+        notes = [f"input      {shape} noise: looked at by itself, without a head of this domain ({e})"]
+    found = verify(handle, sample, fresh=True)
+    counts, table = handle.parameters_count(), handle.report()
     states = Counter(r["state"] for r in found.rows)
+    at = _values_by_role(handle)
     lines = [
         f"adapter    {recipe.method} on {recipe.backbone}: {counts['trained_without_head']:,} values without the head",
-        *(f"component  {r['component']}: {r['trained']:,} trained, {r['frozen']:,} frozen" for r in handle.report()),
+        *notes,
+        *(f"component  {r['component']}: {_counted(r)}, {r['frozen']:,} frozen" for r in table),
+        *(f"site       {count} x {role}: {values:,} values" for role, (count, values) in at.items()),
         *(f"tensors    {count} {state}" for state, count in states.items()),
         f"identity   differs by {found.identity:.1e} at the start"
         + ("" if handle.method.identity_at_start else " (not promised)"),
@@ -159,6 +184,33 @@ def examine(domain: Domain, recipe: Recipe) -> Found:
     return lines, {
         **found.as_dict(),
         "params": counts,
-        "components": handle.report(),
+        "components": table,
+        "sites": {role: {"sites": count, "values": values} for role, (count, values) in at.items()},
         "recipe": recipes.to_dict(recipe),
     }
+
+
+def _alone(recipe: Recipe) -> tuple[Handle, tuple[Tensor, ...]]:
+    """(adapter on the plain network, its example input)."""
+    model = load_backbone(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0])
+    args, _ = example_input(model)
+    torch.manual_seed(recipe.seeds[0])
+    return attach(model, resolve(recipe.method, **recipe.method_settings), sample=args), args
+
+
+def _counted(row: dict[str, Any]) -> str:
+    parts = ", ".join(f"{row[kind]:,} of the {kind}" for kind in ("norm", "head") if row[kind])
+    return f"{row['trained']:,} trained" + (f" ({parts})" if parts else "")
+
+
+def _values_by_role(handle: Handle) -> dict[str, tuple[int, int]]:
+    """Role -> (sites, values that train there). Heads, norms beside sites and what several sites share are left out."""
+    counts, values = Counter(s.role for s in handle.sites), Counter()
+    roles = {s.path: s.role for s in reversed(handle.sites)}
+    for name, p in handle.trained().items():
+        kind, key = name.split(".")[:2]
+        if kind == "branches":
+            values[handle.adapter.sites[key].role] += p.numel()
+        elif kind == "tensors" and split_key(key)[0] in roles:
+            values[roles[split_key(key)[0]]] += p.numel()
+    return {role: (count, values[role]) for role, count in counts.items()}

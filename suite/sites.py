@@ -2,8 +2,9 @@
 
 A model is walked once for blocks. A block is any module whose parts match one row of `LAYOUTS` (by the names AND the
 widths of the parts), wherever it sits, so task models, two-tower models and backbones of other libraries work alike.
-Roles: attn.q attn.k attn.v attn.qkv attn.out attn mlp.in mlp.out mlp block norm patch_embed cls head; a role with a
-question mark behind it ("patch_embed?") is taken where a host has it.
+Roles: attn.q attn.k attn.v attn.qkv attn.out attn mlp.in mlp.out mlp block norm patch_embed cls head pointwise; a role
+with a question mark behind it ("patch_embed?") is taken where a host has it. `pointwise` are linear layers and 1 x 1
+convolutions outside blocks that have no other role: patch merging, decoders, attention pooling.
 Attention to another sequence, inside decoder blocks, has the roles cross.q cross.k cross.v cross.out cross; its keys
 and values read that sequence. "language_model:attn.q" is a role in one component alone.
 A block of your own is found when its parts have the names of one row. Where its norms stand it says itself, by the
@@ -22,7 +23,7 @@ BANK = "adapter_bank"  # submodule of an adapted host that holds the adapters: n
 
 ROLES = (
     "attn.q", "attn.k", "attn.v", "attn.qkv", "attn.out", "attn", "cross.q", "cross.k", "cross.v", "cross.out", "cross",
-    "mlp.in", "mlp.out", "mlp", "block", "norm", "patch_embed", "cls", "head",
+    "mlp.in", "mlp.out", "mlp", "block", "norm", "patch_embed", "cls", "head", "pointwise",
 )  # fmt: skip
 
 
@@ -188,7 +189,7 @@ FINAL_NORMS = (
 EARLY_NORMS = ("encoder.layer_norm", "encoder.transformer.layer_norm", "embeddings.LayerNorm")
 CROSS = ("encoder_attn", "multihead_attn", "crossattention", "layer.1.EncDecAttention")  # to another sequence
 HEADS = (
-    "head", "heads", "classifier", "classification_head", "score", "lm_head", "cls", "qa_outputs", "out", "fc",
+    "head", "heads", "classifier", "classification_head", "score", "lm_head", "cls", "qa_outputs", "out", "fc", "myfc",
 )  # fmt: skip
 CLS_TOKENS = ("cls_token", "class_embedding", "class_token")
 PREFIXES = (*CLS_TOKENS, "dist_token", "distillation_token", "reg_token", "register_tokens")
@@ -214,8 +215,11 @@ def find_sites(model: nn.Module, roles: str | Sequence[str]) -> list[Site]:
         if closed:
             raise LookupError(f"site {role!r} cannot be cut out of {closed[0]}; take 'attn.qkv'")
         if not found.get(role):
-            has = ", ".join(name for name in ROLES if found.get(name)) or "no block of a known layout"
-            raise LookupError(f"site {role!r} is not in {component or _families(model)}; it has: {has}")
+            has = ", ".join(name for name in ROLES if found.get(name))
+            has = has if found["block"] else "; ".join(filter(None, ("no block of a known layout", has)))
+            named = [name for name in ROLES if any(site.path.endswith(f".{role}") for site in found[name])]
+            hint = f"; sites are roles, modules named {role!r} are {' and '.join(named)} here" if named else ""
+            raise LookupError(f"site {role!r} is not in {component or _families(model)}; it has: {has}{hint}")
         for site in found[role]:
             sites.setdefault(site.key, site)
     return list(sites.values())
@@ -520,7 +524,8 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, dict[str,
     """All sites by role, and the roles that cannot be had: in which component, and what they are part of."""
     found: dict[str, list[Site]] = {role: [] for role in ROLES}
     blocked: dict[str, dict[str, str]] = {}
-    for tower in _towers(model):
+    towers = _towers(model)
+    for tower in towers:
         early = ((_join(tower.root, name), tower.blocks[0].dim) for name in EARLY_NORMS)
         before = next((path for path, dim in early if _is_norm(n := _at(model, path)) and len(n.weight) == dim), None)
         for index, block in enumerate(tower.blocks):
@@ -534,6 +539,7 @@ def _index(model: nn.Module) -> tuple[dict[str, list[Site]], dict[str, dict[str,
                     blocked.setdefault(role, {})[info.prefix] = _join(block.path, block.blocked)
         for site in _outer_sites(model, tower):
             found[site.role].append(replace(site, component=tower.info.prefix, depth=tower.info.num_blocks))
+    found["pointwise"] = list(_pointwise(model, towers, {site.path for sites in found.values() for site in sites}))
     return {role: list({site.key: site for site in sites}.values()) for role, sites in found.items()}, blocked
 
 
@@ -611,6 +617,19 @@ def _outer_sites(model: nn.Module, tower: _Tower) -> Iterator[Site]:
                 yield Site("cls", _join(tower.root, holder), None, token.shape[-1], token.shape[-1])
     if info.head:
         yield _weight_site("head", info.head, _weight(_at(model, info.head), _last_layer(_at(model, info.head))))
+
+
+def _pointwise(model: nn.Module, towers: list[_Tower], taken: set[str]) -> Iterator[Site]:
+    apart = [f"{block.path}." for tower in towers for block in tower.blocks]
+    apart += [f"{tower.info.head}." for tower in towers if tower.info.head]
+    for path, module in model.named_modules():
+        one = isinstance(module, nn.Conv2d | nn.Conv3d) and set(module.kernel_size) == {1} and module.groups == 1
+        if not (one or isinstance(module, nn.Linear)) or path in taken or path.startswith((*apart, f"{BANK}.")):
+            continue
+        inside = (tower for tower in reversed(towers) if path.startswith(f"{tower.root}."))
+        tower = next(inside, towers[0] if towers else None)
+        own = {} if tower is None else {"component": tower.info.prefix, "depth": tower.info.num_blocks}
+        yield _weight_site("pointwise", "", _weight(model, path), **own)
 
 
 def _weight_site(role: str, prefix: str, part: _Weight, **more) -> Site:
@@ -691,6 +710,8 @@ def _open_clip_example(model, noise, ids):
 
 
 def _monai_example(model, noise, ids):
+    if hasattr(model, "calc_head"):  # MILModel: bags of instances
+        return (noise(1, 3, 3, 64, 64),), {}
     if hasattr(model, "swinViT"):
         patches = model.swinViT.patch_embed.proj
         size = [stride**5 for stride in patches.stride]  # the smallest the five halvings allow ...

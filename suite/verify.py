@@ -7,7 +7,7 @@ import contextlib
 import copy
 import io
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,28 +62,28 @@ def verify(handle: Handle, batch: Any = None, *, fresh: bool = False, seed: int 
     """
     model, method = handle.model, handle.method
     if callable(batch):
-        run = _Runner(model, batch, seed)
+        run = Runner(model, batch, seed)
     else:
         args, kwargs = example_input(model) if batch is None else call_arguments(batch)
-        run = _Runner(model, lambda m: m(*args, **kwargs), seed)
+        run = Runner(model, lambda m: m(*args, **kwargs), seed)
     with _kept(handle), run.mode(False):
         plain = run.values(handle.disabled())
-        identity = _difference(plain, run.values()) if fresh else None
+        identity = difference(plain, run.values()) if fresh else None
         _perturb(handle, seed)
         before = run.values()
         rows, largest = _liveness(handle, run)
-        train_eval = None if _stochastic(handle) else _difference(before, run.values(run.mode(True)))
+        train_eval = None if _stochastic(handle) else difference(before, run.values(run.mode(True)))
         merged, reason = None, "" if method.mergeable is True else str(method.mergeable)
         if method.mergeable is True:
             try:
                 handle.merge()
-                merged = _difference(before, run.values())
+                merged = difference(before, run.values())
                 handle.unmerge()
             except UsageError as e:
                 reason = str(e)
     found = Verification(
         rows,
-        changes_output=_difference(plain, before) > 0,
+        changes_output=difference(plain, before) > 0,
         identity=identity,
         train_eval=train_eval,
         merged=merged,
@@ -96,9 +96,10 @@ def verify(handle: Handle, batch: Any = None, *, fresh: bool = False, seed: int 
 
 def _judge(found: Verification, handle: Handle, largest: float) -> None:
     name, dead = handle.method.name, [r["name"] for r in found.rows if r["state"] == "dead"]
-    if largest == 0:
+    own = [r for r in found.rows if r["kind"] != "head"]
+    if largest == 0 or (own and all(r["state"] == "dead" for r in own)):
         found.problems.append(
-            f"method {name!r} gets no gradient at all: is the model run under no_grad or inference mode?"
+            f"method {name!r} gets no gradient at all: is the backbone run under no_grad, inference mode or detach?"
         )
     elif dead:
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
@@ -117,7 +118,7 @@ def _judge(found: Verification, handle: Handle, largest: float) -> None:
 
 
 @dataclass
-class _Runner:
+class Runner:
     """Forwards of one input, read out as one list of float tensors."""
 
     model: nn.Module
@@ -179,18 +180,22 @@ def _closed(p: Tensor) -> bool:
 
 
 def _perturb(handle: Handle, seed: int) -> None:
+    perturb(handle.trained().values(), seed)
+
+
+def perturb(trained: Iterable[Tensor], seed: int) -> None:
     """Moves trained tensors off their start, where a zero `up` gives `down` no gradient."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in handle.trained().values():
+        for p in trained:
             noise = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
             spread = float(p.float().std()) if p.numel() > 1 else 0.0
             p.add_(noise * (0.02 + 0.1 * spread))
 
 
-def _liveness(handle: Handle, run: _Runner) -> tuple[list[dict[str, Any]], float]:
+def _liveness(handle: Handle, run: Runner) -> tuple[list[dict[str, Any]], float]:
     trained, exempt = handle.trained(), _exempt(handle)
-    size = _gradients(trained, run)
+    size = gradients(trained, run)
     largest = max(size.values(), default=0.0)
     small = [n for n in trained if 0 < size[n] <= ALIVE * largest and n not in exempt]
     moving = _alive_in_double(handle, run, small) if small else set()
@@ -206,7 +211,7 @@ def _liveness(handle: Handle, run: _Runner) -> tuple[list[dict[str, Any]], float
     return rows, largest
 
 
-def _gradients(trained: dict[str, nn.Parameter], run: _Runner) -> dict[str, float]:
+def gradients(trained: dict[str, nn.Parameter], run: Runner) -> dict[str, float]:
     """The largest value in the gradient of each tensor."""
     for p in trained.values():
         p.grad = None
@@ -217,13 +222,13 @@ def _gradients(trained: dict[str, nn.Parameter], run: _Runner) -> dict[str, floa
     return {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in trained.items()}
 
 
-def _alive_in_double(handle: Handle, run: _Runner, names: list[str]) -> set[str]:
+def _alive_in_double(handle: Handle, run: Runner, names: list[str]) -> set[str]:
     """Those whose gradient is small, as that of a factor among several small ones, and not rounding noise: it is there
     in float64 as well. Looked at on a copy, in the few cases where there is a doubt."""
     twin = copy.deepcopy(handle.model).double()
     try:
         with _arguments(twin, lambda v: v.double() if v.is_floating_point() else v):
-            size = _gradients(get_handle(twin, handle.name).trained(), _Runner(twin, run.forward, run.seed))
+            size = gradients(get_handle(twin, handle.name).trained(), Runner(twin, run.forward, run.seed))
     except (RuntimeError, TypeError):  # a model that mixes precisions by itself
         return set()
     return {n for n in names if size[n] > 1e-6 * ALIVE * max(size.values())}
@@ -241,16 +246,18 @@ def _exempt(handle: Handle) -> dict[str, str]:
             if name.rpartition(".")[2] in ("k_norm", "norm_k") and isinstance(module, nn.LayerNorm):
                 branches.append(tensor_key(name))
                 biases.append(tensor_key(name, "bias"))
+            if hasattr(module, "calc_head") and len(module.attention):  # MONAI's MILModel: one score an instance
+                biases.append(tensor_key(f"{name}.attention.{len(module.attention) - 1}".lstrip("."), "bias"))
     names = [f"{prefix}.{key}" for key in biases for prefix in ("tensors", "base")]
     names += [f"branches.{key}.shift" for key in branches]
-    found = dict.fromkeys(names, "exempt: softmax does not see a bias of the keys")
+    found = dict.fromkeys(names, "exempt: softmax does not see this bias")
     for key, branch in handle.adapter.branches.items():
         for name, reason in getattr(branch, "exempt", {}).items():
             found[f"branches.{key}.{name}"] = f"exempt: {reason}"
     return found
 
 
-def _base_uses(run: _Runner, handle: Handle, name: str) -> bool:
+def _base_uses(run: Runner, handle: Handle, name: str) -> bool:
     """Whether the plain backbone's output depends on the base tensor that an adapter holds a copy of."""
     path, param = split_key(name.partition(".")[2])
     tensor = handle.model.get_submodule(path)._parameters[param]
@@ -260,7 +267,7 @@ def _base_uses(run: _Runner, handle: Handle, name: str) -> bool:
         tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor))
         after = run.values()
         tensor.copy_(value)
-    return _difference(before, after) > 0
+    return difference(before, after) > 0
 
 
 def _stochastic(handle: Handle) -> bool:
@@ -282,7 +289,7 @@ def _rate(module: nn.Module) -> float:
     return rate if isinstance(rate, (int, float)) else 0.0
 
 
-def _difference(a: list[Tensor], b: list[Tensor]) -> float:
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest difference, relative to the first one's largest value where that is above 1."""
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b, strict=True)):
         return float("inf")
@@ -388,7 +395,7 @@ def _merges(handle: Handle, host, build) -> str | None:
     except UsageError as e:
         assert "tied" in str(e), e
         return "refused: tied weight"
-    gap = _difference([before], [_output(handle, host)])
+    gap = difference([before], [_output(handle, host)])
     assert gap <= AGREE, f"merged output differs by {gap:.1e}"
     handle.unmerge()
     assert torch.equal(_output(handle, host), before), "unmerge is not exact"
@@ -400,7 +407,7 @@ def _ignores_batch_order(handle: Handle, host, build) -> None:
     plain = _output(handle, host)
     with _arguments(handle.model, lambda v: v.flip(0)):
         flipped = _output(handle, host)
-    gap = _difference([plain], [flipped.flip(0)])
+    gap = difference([plain], [flipped.flip(0)])
     assert gap <= AGREE, f"the order of the batch matters: {gap:.1e}"
 
 
