@@ -458,9 +458,9 @@ def test_masks_of_other_classes_than_the_adapters_are_refused(study):
 
 @pytest.mark.slow
 def test_lesions_of_real_ultrasound_are_found(data_dir, tmp_path, adapt):
-    """Frozen features and a linear head, one epoch, on the official split of the copy."""
-    data = data_dir("medical_busi")
+    """Two epochs on the copy's own split; calling every pixel has a Dice of about .15 where there is a lesion."""
     options = ("--set", "data.task=segmentation", "--backbone", "embedded:vision-tiny", "--image-size", "96")
-    plan = ("--method", "linear", "--epochs", "2", "--out", tmp_path / "run", "--json")
-    found, _ = adapt("train", "--data", data, *options, *plan)
-    assert found["metrics"]["test"]["dice_present"]["value"] > 0.25
+    plan = ("--set", "head.kind=unet", "--set", "head.width=8", "--set", "plan.head_lr=0.003", "--epochs", "2")
+    out = ("--method", "lora", "--out", tmp_path / "run", "--json")
+    found, _ = adapt("train", "--data", data_dir("medical_busi"), *options, *plan, *out)
+    assert found["metrics"]["test"]["dice_present"]["value"] > 0.3
