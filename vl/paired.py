@@ -1,0 +1,200 @@
+"""A frozen image encoder and a frozen text encoder as one model that answers questions about pictures.
+
+What the image encoder gives at last, V, reaches the text in two ways: adapters of the text encoder read it from their
+context (`adaptsuite.vl.context`), and it may stand before the words as a visual prefix. The answer is a class: an MLP
+reads the mean over the words (arXiv:2403.09377, section 4.1 has 3129 answers). The image encoder runs once a picture:
+V can be given in its place.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptsuite.errors import UsageError, nearest
+from adaptsuite.front_end import FrontEnd
+from adaptsuite.vl.backbones import EncoderPair
+from adaptsuite.vl.context import present, with_context
+
+Tokens = Literal["cls", "patches", "all"]
+Prefix = Literal["plain", "linear", "mapper", "none"]
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """Section `head` of a recipe: what is trained beside the adapters, and which answers there are."""
+
+    prefix: Prefix = "plain"  # plain: V as it is; linear: a projection of each token of V; mapper: VisualMapper
+    mapper_tokens: int = 32
+    mapper_width: int = 256
+    mapper_layers: int = 4
+    loss: Literal["bce", "ce"] = "bce"  # of soft scores, each answer alone; ce: of their shares, one answer is right
+    most: int = 3129  # answers, the most frequent of the rows that are not test
+    least: int = 1  # how often an answer must occur there
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("prefix", get_args(Prefix)), ("loss", ("bce", "ce"))):
+            if getattr(self, name) not in kinds:
+                raise UsageError(
+                    f"head.{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), kinds)}"
+                )
+        for name in ("mapper_tokens", "mapper_width", "mapper_layers", "most", "least"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"head.{name}={getattr(self, name)}: a whole number from 1 is expected")
+
+
+class VisualMapper(nn.Module):
+    """V (B, N, D_v) -> `tokens` vectors (B, tokens, D) of the text model's input.
+
+    MAPL (Manas et al. 2022, arXiv:2210.07179, section 3): all tokens are narrowed, learned ones are set behind them,
+    pre-norm blocks mix both, and what became of the learned ones is widened.
+    """
+
+    def __init__(
+        self, dim_in: int, dim_out: int, tokens: int = 32, width: int = 256, layers: int = 4, heads: int = 8,
+        hidden: int = 512,
+    ):  # fmt: skip
+        super().__init__()
+        from timm.models.vision_transformer import Block
+
+        if width % heads:
+            raise UsageError(f"head.mapper_width={width}: a multiple of its {heads} heads is expected")
+        self.narrow, self.widen = nn.Linear(dim_in, width), nn.Linear(width, dim_out)
+        self.learned = nn.Parameter(0.02 * torch.randn(tokens, width))
+        self.mix = nn.ModuleList([Block(width, heads, mlp_ratio=hidden / width, qkv_bias=True) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, v: Tensor) -> Tensor:
+        x = torch.cat([self.narrow(v), self.learned.expand(len(v), -1, -1)], 1)  # (B, N + tokens, width)
+        for block in self.mix:
+            x = block(x)
+        return self.widen(self.norm(x[:, v.shape[1] :]))
+
+
+class AnswerHead(nn.Module):
+    """d -> 2d -> LayerNorm -> GELU -> K, and what makes a prefix of V; all of it trains beside the adapters."""
+
+    def __init__(self, dim_in: int, dim: int, num_answers: int, settings: AnswerSettings):
+        super().__init__()
+        self.kind = settings.prefix
+        if self.kind == "plain" and dim_in != dim:
+            raise UsageError(
+                f"head.prefix=plain: the image has {dim_in} features and words have {dim}; take linear, mapper or none"
+            )
+        if self.kind == "linear":  # of one pooled token: Embedding-to-Prefix
+            self.mapper = nn.Linear(dim_in, dim)
+        elif self.kind == "mapper":
+            size = settings.mapper_tokens, settings.mapper_width, settings.mapper_layers
+            self.mapper = VisualMapper(dim_in, dim, *size)
+        self.answer = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_answers)
+        )
+
+    def prefix(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P, D), and (B, P) where a token is to be read: none of a row without an image."""
+        real = present(v)[..., 0]
+        if self.kind == "none":
+            return v[:, :0], real[:, :0]
+        if self.kind == "plain":
+            return v, real
+        tokens = self.mapper(v)
+        return tokens, real if self.kind == "linear" else real.amax(1, keepdim=True).expand(tokens.shape[:2])
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.answer(pooled)
+
+
+class PairedModel(nn.Module):
+    """Pictures (B, 3, H, W) or their V (B, N, D), and questions (B, T), -> logits (B, K).
+
+    tokens: what of the image encoder's output is V: its CLS token, its patches, or both.
+    """
+
+    linear_head = None  # the head is an MLP
+
+    def __init__(
+        self,
+        pair: EncoderPair,
+        num_answers: int,
+        settings: AnswerSettings | None = None,
+        tokens: Tokens = "cls",
+        front_end: FrontEnd | None = None,
+    ):
+        super().__init__()
+        settings = settings or AnswerSettings()
+        self.pair, self.tokens, self.settings = pair, tokens, settings
+        self.front_end = front_end or FrontEnd(**pair.adaptsuite_front_end)
+        dim = pair.text_encoder.get_input_embeddings().embedding_dim
+        self.head = AnswerHead(pair.image_encoder.num_features, dim, num_answers, settings)
+        room = pair.tokenizer.max_length - self.num_prefix()
+        if room < 3:
+            raise UsageError(f"a prefix of {self.num_prefix()} tokens leaves no room for words in {room}: take fewer")
+        self.tokenizer = replace(pair.tokenizer, max_length=room)
+
+    def num_prefix(self) -> int:
+        """Tokens before the words."""
+        if self.settings.prefix == "mapper":
+            return self.settings.mapper_tokens
+        height, width = self.front_end.size
+        size = self.pair.image_encoder.patch_embed.patch_size
+        patches = (height // size[0]) * (width // size[1])
+        return 0 if self.settings.prefix == "none" else {"cls": 1, "patches": patches, "all": 1 + patches}[self.tokens]
+
+    def see(self, image: Tensor, has_image: Tensor | None = None) -> Tensor:
+        """V (B, N, D) of uint8 pictures or of values in [0, 1]; rows of zeros where has_image (B,) is False."""
+        found = self.pair.encode_image(image)
+        v = {"cls": found[:, :1], "patches": found[:, 1:], "all": found}[self.tokens]
+        return v if has_image is None else v * has_image.to(v.dtype)[:, None, None]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        image: Tensor | None = None,
+        features: Tensor | None = None,
+        has_image: Tensor | None = None,
+        embedding: bool = False,
+    ) -> Tensor:
+        """embedding: what the head reads (B, D) instead of logits."""
+        v = self.see(image, has_image) if features is None else features
+        # words alone are embedded here: position, type and norm are added once, inside the text encoder
+        words = self.pair.text_encoder.get_input_embeddings()(input_ids)
+        prefix, read = self.head.prefix(v)
+        mask = torch.cat([read.to(attention_mask.dtype), attention_mask], 1)
+        context = {"features": v, "token_mask": mask.bool()}
+        tokens = torch.cat([prefix.to(words.dtype), words], 1)
+        out = with_context(self, self.pair.text_encoder, inputs_embeds=tokens, attention_mask=mask, context=context)
+        real = attention_mask.unsqueeze(-1).to(words.dtype)
+        # over words, not CLS: it was pretrained to sum nothing up
+        pooled = (out.last_hidden_state[:, prefix.shape[1] :] * real).sum(1) / real.sum(1)
+        return pooled if embedding else self.head(pooled)
+
+
+class AnswerTask:
+    """Answers as classes with soft scores: binary cross-entropy of each answer, summed over answers."""
+
+    target, monitor = "target", "accuracy"
+
+    def __init__(self, loss: str = "bce"):
+        self.kind = loss
+
+    def loss(self, model: PairedModel, batch: dict[str, Tensor]) -> Tensor:
+        logits, target = self.predict(model, batch), batch["target"]
+        if self.kind == "bce":  # summed over the answers (Teney et al. 2018, arXiv:1708.02711, eq. 5)
+            return F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(logits)
+        total = target.sum(1, keepdim=True)  # a row none of whose answers is known says nothing here
+        return -(F.log_softmax(logits, 1) * target / total.clamp(min=1e-6)).sum(1).mean()
+
+    def predict(self, model: PairedModel, batch: dict[str, Tensor], **options) -> Tensor:
+        names = ("input_ids", "attention_mask", "image", "features", "has_image")
+        return model(**{name: batch[name] for name in names if name in batch}, **options)
+
+    def embed(self, model: PairedModel, batch: dict[str, Tensor]) -> Tensor:
+        return self.predict(model, batch, embedding=True)
+
+    def score(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """Mean soft accuracy of the answer with the highest score."""
+        return {"accuracy": float(targets[np.arange(len(targets)), outputs.argmax(1)].mean())}
