@@ -136,7 +136,7 @@ def write_torch(
     `torch.export.load(path, extra_files={"adaptsuite.json": ""}).module()` takes the inputs in their order.
     """
     archive = io.BytesIO()
-    torch.export.save(_traced(graph, inputs), archive, extra_files={METADATA: json.dumps(metadata)})
+    torch.export.save(trace(graph, inputs), archive, extra_files={METADATA: json.dumps(metadata)})
     archive.seek(0)
     gap = _check(path, torch.export.load(archive).module(), inputs, expected)
     write_file(path, archive.getvalue())
@@ -150,7 +150,7 @@ def write_onnx(
     needs_onnx()
     import onnxruntime
 
-    traced, names = _traced(graph, inputs), {"input_names": list(inputs), "output_names": ["logits"]}
+    traced, names = trace(graph, inputs), {"input_names": list(inputs), "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "# The axis name")  # it is one name for one size, of all inputs
         program = torch.onnx.export(traced, dynamic_shapes=_free_batch(inputs), **names, dynamo=True, verbose=False)
@@ -177,7 +177,8 @@ def needs_onnx() -> None:
         raise UsageError(f"--format onnx needs an extra ({e.name}): pip install 'adaptsuite[onnx]'") from None
 
 
-def _traced(graph: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+def trace(graph: nn.Module, inputs: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    """With the batch free, without the folders of this computer. Raises UsageError for what cannot be traced."""
     try:
         traced = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=_free_batch(inputs), strict=False)
     except Exception as e:  # torch raises a dozen kinds, each with a page of text
