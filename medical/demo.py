@@ -14,7 +14,7 @@ EPOCHS = {"linear": 6, "bitfit": 6, "lora": 6, "full": 4}
 BACKBONE, TARGET = "embedded:vision-tiny", "sensitivity>=0.9"
 
 
-def run(out: str | Path, patients: int = 80, count: int = 4, methods: tuple[str, ...] = METHODS) -> dict:
+def run(out: str | Path, patients: int = 96, count: int = 4, methods: tuple[str, ...] = METHODS) -> dict:
     """Writes OUT/medical/data, a run for each method, and what the last adapter says of a DICOM clip; returns the
     result of the last run."""
     from adaptsuite.medical import load

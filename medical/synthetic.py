@@ -42,7 +42,7 @@ def sample_patient(rng: np.random.Generator, lesion: bool) -> Patient:
         radii=tuple(float(r) for r in rng.uniform(0.08, 0.22, 2)),
         angle=float(rng.uniform(0, np.pi)),
         rough=float(rng.uniform(0.02, 0.2)),
-        echo=float(2 ** rng.uniform(-6, -1.5)),
+        echo=float(2 ** rng.uniform(-4, -1)),
         gain=float(rng.normal(1.0 if site == "A" else 0.8, 0.08)),
         site=site,
         age=int(np.clip(rng.normal(55, 14), 19, 90)),
@@ -84,7 +84,7 @@ def frames(patient: Patient, count: int, size: int = SIZE) -> Iterator[tuple[np.
 def make_dataset(folder: str | Path, patients: int = 60, count: int = 4, size: int = SIZE, seed: int = 0) -> Path:
     """Writes pictures, masks and manifest.csv (path, label, split, group, mask, site, age); returns the table's path.
 
-    Half of the patients have a lesion. Split by patient: 60 % train, 20 % val, 20 % test.
+    Half of the patients have a lesion. Split by patient: half train, a quarter val, a quarter test.
     """
     from PIL import Image
 
@@ -93,7 +93,7 @@ def make_dataset(folder: str | Path, patients: int = 60, count: int = 4, size: i
         (folder / name).mkdir(parents=True, exist_ok=True)
     for p in range(patients):
         patient = sample_patient(rng, lesion=bool(p % 2))
-        split = ("train", "train", "train", "val", "test")[p // 2 % 5]
+        split = ("train", "train", "val", "test")[p // 2 % 4]
         for i, (picture, mask) in enumerate(frames(patient, count, size)):
             name = f"{p:03d}-{i}.png"
             Image.fromarray(picture).save(folder / "images" / name)
