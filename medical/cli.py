@@ -25,7 +25,7 @@ app = domain_app(
     "medical",
     "Fit medical foundation models to one finding, with evidence by patient.",
     ("--image-size", SIZE, "Side of the input in pixels; by default the backbone's own (--set front_end.size=H,W)."),
-    exports="monai-bundle, timm (a folder for timm.create_model), torch, onnx or peft.",
+    exports="monai-bundle, monai-bundle-adapter (weights apart), timm (for timm.create_model), torch, onnx or peft.",
     own=("predict",),
 )
 

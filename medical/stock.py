@@ -99,8 +99,8 @@ def _timm(job: Job) -> dict[str, Any] | None:
     if source not in ("timm", "file") or not known.get("architecture"):
         return None
     name, options, _ = (known["architecture"], {}, None) if source == "file" else parse_options(rest)
-    if hasattr(getattr(job.model.backbone, "patch_embed", None), "img_size"):
-        options["img_size"] = list(job.model.front_end.size)
+    sized = getattr(getattr(job.model.backbone, "patch_embed", None), "img_size", None)
+    options |= {"img_size": list(sized)} if sized else {}
     return {"_target_": "timm.create_model", "model_name": name.partition(".")[0], "pretrained": False, **options}
 
 

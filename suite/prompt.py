@@ -101,7 +101,7 @@ class PromptBranch(nn.Module):
         if table is None:
             own -= self.more
         else:
-            prompts = table.to(x.dtype).expand(len(x), -1, -1)
+            prompts = table.to(x.dtype).expand(x.shape[0], -1, -1)  # len() would fix the batch of an export
             prompts = F.dropout(prompts, self.dropout, self.training) if self.dropout else prompts
             x = torch.cat([x[:, : self.at], prompts, x[:, self.at + self.replaced :]], 1)
         for key, value in given.arguments.items():

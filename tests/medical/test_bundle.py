@@ -28,6 +28,7 @@ from adaptsuite.medical.volume_export import export_volumes
 from adaptsuite.medical.volumes import read_volume
 
 TINY = ("--backbone", "timm:test_vit", "--random-weights", "--image-size", "96")
+SMALLER = ("--backbone", "timm:test_vit?img_size=64", "--random-weights")  # it sees 160 pixels, positions are of 64
 EMBEDDED = ("--backbone", "embedded:vision-tiny")
 CONFIG = ("--config_file", "configs/inference.json")
 BLOCKER = """import sys
@@ -161,6 +162,8 @@ def test_a_merged_bundle_runs_without_this_package_and_says_the_same(trained, ad
         ("lora", (*TINY, "--set", "head.kind=ifa"), "graph"),
         pytest.param("audio.soft_moa", EMBEDDED, "graph", marks=pytest.mark.slow),
         pytest.param("vision.ila", EMBEDDED, "graph", marks=pytest.mark.slow),
+        pytest.param("prompt", TINY, "graph", marks=pytest.mark.slow),
+        pytest.param("film", SMALLER, "class", marks=pytest.mark.slow),
         pytest.param("bottleneck", (*TINY, "--set", "front_end.fit=pad"), "graph", marks=pytest.mark.slow),
     ],
 )
