@@ -17,6 +17,7 @@ BINS = 15  # of the calibration error
 TOP = 5  # of top-5 accuracy
 WORK = 2e8  # weights touched by one metric's bootstrap before it makes do with fewer resamples
 LEAST = 100  # resamples
+LOWER = ("log_loss", "ece")  # metrics of which less is better
 
 
 @dataclass(frozen=True)

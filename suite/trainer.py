@@ -50,6 +50,7 @@ from adaptsuite.devices import (
 )
 from adaptsuite.errors import DataError, Diverged, ResourceError, UsageError, nearest
 from adaptsuite.interrupt import Signals
+from adaptsuite.metrics import LOWER
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
 from adaptsuite.progress import Progress
@@ -526,7 +527,8 @@ def rank(scores: dict[str, float | None], monitor: str) -> tuple[float, float] |
     """
     if scores.get(monitor) is None:
         return None
-    return scores[monitor], -(scores.get("log_loss") or 0.0)
+    value = -scores[monitor] if monitor in LOWER else scores[monitor]
+    return value, -(scores.get("log_loss") or 0.0)
 
 
 def _optimizer(handle, plan: Plan) -> torch.optim.Optimizer:

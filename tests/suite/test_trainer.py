@@ -166,6 +166,7 @@ def test_among_equal_epochs_the_lower_log_loss_is_kept():
     assert rank({"accuracy": 0.5, "log_loss": 1.0}, "accuracy") < rank({"accuracy": 0.5, "log_loss": 0.8}, "accuracy")
     assert rank({"accuracy": 0.6, "log_loss": 9.0}, "accuracy") > rank({"accuracy": 0.5, "log_loss": 0.8}, "accuracy")
     assert rank({}, "accuracy") is None and rank({"accuracy": None}, "accuracy") is None
+    assert rank({"log_loss": 0.5}, "log_loss") > rank({"log_loss": 0.8}, "log_loss")  # of which less is better
 
 
 def test_undefined_scores_are_never_the_best():
