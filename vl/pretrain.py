@@ -1,6 +1,6 @@
 """Pretrains `embedded:vl-tiny`, an image and a text encoder, on generated scenes and sentences, each without the other.
 
-python -m adaptsuite.vl.pretrain --minutes 15 --seed 0 --out vl/weights
+python -m adaptsuite.vl.pretrain --minutes 8 --seed 0 --out vl/weights
 
 The image encoder reads no word: linear heads tell from CLS which object is in which cell, from each patch what covers
 it. The text encoder sees no picture: it restores masked words (Devlin et al. 2019, arXiv:1810.04805, section 3.1) and
@@ -45,7 +45,7 @@ COLOURS, SHAPES = len(synthetic.COLOURS), len(synthetic.SHAPES)
 class Settings:
     """What a run can change."""
 
-    minutes: float = 15.0  # of the process's own processor time
+    minutes: float = 8.0  # of the process's own processor time
     seed: int = 0
     lr: float = 2e-3
     weight_decay: float = 0.05

@@ -309,7 +309,7 @@ SIZES = ((32, 32), (32, 64), (64, 64), (32, 128))  # height, width
 def loose_pictures(
     n: int, size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures (N, 3, H, W) uint8 of 1 to 8 objects anywhere, some on panels, of any size and paint.
+    """Pictures (N, 3, H, W) uint8 of 1 to 10 objects anywhere, some on panels, of any size and paint.
 
     Also how much of each patch is of each shape and of each paint, (N, H / 8 * W / 8, 4 + 3), paint being a colour's
     three channels weighted by its cover, and the number of objects of each shape and colour (N, 4 + 8).
