@@ -10,7 +10,7 @@ import typer
 import adaptsuite
 from adaptsuite.errors import nearest
 
-COMMANDS = ("audio", "vision", "medical")  # domains that have commands
+COMMANDS = ("audio", "vision", "medical", "vl")  # domains that have commands
 
 app = typer.Typer(
     name="adapt",

@@ -5,6 +5,7 @@ export.
 stdout, or to stderr under --json, where stdout holds one JSON object.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -87,7 +88,7 @@ def domain_app(
     """The verbs of one domain. size: (option, dotted recipe field, help) of the input's size, as `--frames`.
 
     exports: the formats that its `export` knows, for help.  own: verbs that the domain adds itself because they do more
-    there; `predict` can be one.
+    there, or goes without; `predict` and `embed` can be among them.
     """
     app = typer.Typer(name=name, help=help, no_args_is_help=True, pretty_exceptions_enable=False)
     Size = Annotated[int | None, typer.Option(size[0], help=size[2])]
@@ -254,7 +255,6 @@ def domain_app(
     if "predict" not in own:
         app.command()(predict)
 
-    @app.command()
     def embed(
         sources: Annotated[
             list[str],
@@ -291,6 +291,9 @@ def domain_app(
         console.say(f"features  {rows} x {dim}  {out}")
         console.result({"out": out, "rows": rows, "features": dim, "skipped": found["skipped"]})
 
+    if "embed" not in own:
+        app.command()(embed)
+
     @app.command()
     def report(
         adapter: AdapterFolder,
@@ -311,9 +314,14 @@ def domain_app(
         console.result(found)
 
     @app.command()
-    def demo(out: Annotated[str, typer.Option("--out", help="Folder of the reports.")] = "runs/demo") -> None:
+    def demo(
+        out: Annotated[str, typer.Option("--out", help="Folder of the reports.")] = "runs/demo", as_json: Json = False
+    ) -> None:
         """Adapt the embedded backbone to generated data: no network, no files of yours, about a minute."""
-        importlib.import_module(f"adaptsuite.{name}.demo").run(out)
+        run = importlib.import_module(f"adaptsuite.{name}.demo").run
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            found = run(out)
+        Console(as_json).result(found)
 
     @app.command()
     def export(

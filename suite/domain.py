@@ -1,7 +1,7 @@
 """What a domain gives to the commands: its files, its task model, its losses, and what its evidence is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,10 @@ class Domain(ABC):
     def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None) -> Any:
         """Map-style dataset; `mean_by_row` joins the outputs of several items of one row. Where there are several,
         `rows` says which row each item is of, and `starts` where in it."""
+
+    def rows(self, model: nn.Module, manifest: Manifest, targets: np.ndarray | None) -> Any:
+        """The same of a table's rows, where an item is more than the file of its row."""
+        return self.dataset(model, [r.path for r in manifest.rows], targets)
 
     @abstractmethod
     def header(self, path: Path) -> Any:
@@ -122,6 +126,26 @@ class Domain(ABC):
 
         {"input": all of it in a line, ...}.
         """
+
+    def beside(
+        self,
+        recipe: Recipe,
+        handle: Handle,
+        parts: Mapping[str, Any],
+        plan: Plan,
+        out: Path,
+        labels: Sequence[str],
+        say: Callable[[str], None],
+    ) -> list[str]:
+        """Trains what an adapter is judged beside, such as baselines that see less, once the adapter has been trained.
+
+        recipe: of this one adapter, as it was started.  parts: its "train" and "val" data.  out: the run's folder.
+        Returns notes for the report.
+        """
+        return []
+
+    def restored(self, handle: Handle, recipe: Recipe, folder: Path) -> None:  # noqa: B027 (most domains need none)
+        """Told of every saved adapter that was loaded: what lies beside its folder may belong to it."""
 
     # ---- what it says, and what that is worth
 

@@ -164,7 +164,9 @@ def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[st
     except UsageError as e:
         raise AdapterError(str(e)) from e
     model = domain.model(recipe, labels)
-    return load_adapter(model, record, sample=domain.sample(model)), recipe, list(labels), record
+    handle = load_adapter(model, record, sample=domain.sample(model))
+    domain.restored(handle, recipe, Path(folder))
+    return handle, recipe, list(labels), record
 
 
 def train_one(
@@ -193,7 +195,9 @@ def train_one(
     work = _Work(domain, recipe, manifest, datasets, handle)
     fresh = copied(handle.state()) if recipe.refit else {}
     choice = work.choose(plans, fold, out, say)
-    outputs, notes = {"val": work.outputs(fold.val, choice.plan)} if len(fold.val) else {}, choice.notes
+    both = {name: datasets.part(handle.model, getattr(fold, name)) for name in ("train", "val")}
+    notes = [*choice.notes, *domain.beside(recipe, handle, both, choice.plan, out, manifest.classes, say)]
+    outputs = {"val": work.outputs(fold.val, choice.plan)} if len(fold.val) else {}
     if recipe.refit:
         handle.load_state(fresh)
         notes = [*notes, *work.refit(choice, fold, out)]
@@ -359,7 +363,7 @@ class Parts:
             return None
         subset = self.manifest.subset(indices)
         targets = self.domain.targets(subset, self.manifest.classes)
-        return self.domain.dataset(model, [r.path for r in subset.rows], targets)
+        return self.domain.rows(model, subset, targets)
 
 
 def train(
@@ -617,7 +621,7 @@ def score_adapter(
     manifest = domain.table(replace(recipe.data, manifest=data))
     subset = usable(domain, manifest.subset(_test_rows(manifest, test)), skip_bad)
     remarks = _prepare(domain, handle.model, subset)
-    dataset = domain.dataset(handle.model, [r.path for r in subset.rows], domain.targets(subset, labels))
+    dataset = domain.rows(handle.model, subset, domain.targets(subset, labels))
     raw, kept = _outputs(domain, handle, recipe, record, dataset, device, batch_size)
     outputs = domain.calibrated(raw, kept)
     metrics: dict[str, Any] = {"test": domain.evaluate(subset, labels, outputs)}

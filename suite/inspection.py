@@ -128,7 +128,9 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
         "rows": len(manifest),
         "classes": dict(sorted(classes.items())),
         "groups": len(set(manifest.groups())),
-        "files": {key: _span([f[key] for f in facts]) for key in (facts[0] if facts else {})},
+        "files": {
+            key: _span([f[key] for f in facts if key in f]) for key in dict.fromkeys(k for f in facts for k in f)
+        },
         "splits": [{"name": fold.name, **fold.sizes} for fold in folds],
         "problems": problems,
         "warnings": warnings,

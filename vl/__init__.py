@@ -3,7 +3,17 @@
 import importlib
 
 # public name -> module; resolved on first use, so that `adapt --help` imports no torch
-_PUBLIC = {"Conditioned": "context", "with_context": "context", "adapt": "hosts", "parts": "hosts", "table": "hosts"}
+_PUBLIC = {
+    "load": "classifier",
+    "Answerer": "classifier",
+    "PairedModel": "paired",
+    "VisualMapper": "paired",
+    "Conditioned": "context",
+    "with_context": "context",
+    "adapt": "hosts",
+    "parts": "hosts",
+    "table": "hosts",
+}
 
 __all__ = list(_PUBLIC)
 

@@ -141,10 +141,10 @@ def _rows(record: dict[str, Any], root: Path, where: str, line: int, task: str, 
         wanted = " or ".join(map(repr, TEXTS[task]))
         raise DataError(f"{where}: {wanted} is missing, it has {', '.join(map(repr, record)) or 'nothing'}")
     answered = task == "vqa" and (name := _first(record, ANSWERS))
-    answers = _texts(record[name], where, name) if answered and (need_answers or record[name]) else ()
+    answers = checked_texts(record[name], where, name) if answered and (need_answers or record[name]) else ()
     if task == "vqa" and need_answers and not answers:
         raise DataError(f"{where}: 'answers' is missing, it has {', '.join(map(repr, record))}")
-    choices = _texts(record["choices"], where, "choices") if record.get("choices") else ()
+    choices = checked_texts(record["choices"], where, "choices") if record.get("choices") else ()
     known = set(map(normalise_answer, choices))
     for answer in answers if choices else ():
         if normalise_answer(answer) not in known:
@@ -164,7 +164,7 @@ def _rows(record: dict[str, Any], root: Path, where: str, line: int, task: str, 
     several = isinstance(record[text], list)
     if several and task == "vqa":
         raise DataError(f"{where}: {text!r} is a list, one text is expected")
-    for content in _texts(record[text], where, text):
+    for content in checked_texts(record[text], where, text):
         yield Row(path, rel, (), line, {**extra, "text": content}, files)
 
 
@@ -172,7 +172,7 @@ def _first(record: dict[str, Any], names: Sequence[str]) -> str | None:
     return next((name for name in names if name in record), None)
 
 
-def _texts(value: Any, where: str, name: str) -> tuple[str, ...]:
+def checked_texts(value: Any, where: str, name: str) -> tuple[str, ...]:
     """One text, a list of them, or a list of {"answer": text}; each with a letter or digit, and not too long."""
     values = value if isinstance(value, list) else [value]
     if not values:
