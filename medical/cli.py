@@ -8,14 +8,22 @@ import typer
 
 from adaptsuite.commands import (
     AdapterFolder,
+    Backbone,
     BatchSize,
     Console,
+    Data,
     Device,
     Json,
+    RandomWeights,
+    Seed,
+    Setting,
     SkipBad,
+    Test,
+    Val,
     adapter_folder,
     domain_app,
     predict_files,
+    read_recipe,
 )
 from adaptsuite.errors import DataError, UsageError
 
@@ -130,6 +138,38 @@ def predict(
         raise DataError(f"{count} of {count + len(found['studies'])} studies failed; the first: {first['reason']}")
     for row in found["failed"]:
         console.warn(f"study {row['study']} failed: {row['reason']}")
+
+
+@app.command()
+def probe(
+    data: Data = None,
+    backbone: Backbone = None,
+    random_weights: RandomWeights = False,
+    setting: Setting = None,
+    test: Test = None,
+    val: Val = None,
+    seed: Seed = None,
+    device: Device = None,
+    size: Annotated[int | None, typer.Option("--image-size", help="Side of the input in pixels.")] = None,
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Judge frozen features alone: nearest neighbours, and the best of a grid of linear heads; nothing is saved."""
+    from adaptsuite.medical.pipeline import DOMAIN
+    from adaptsuite.medical.probes import run
+
+    console = Console(as_json)
+    found = run(DOMAIN, read_recipe(DOMAIN, {**locals(), "size": (SIZE, size)}))
+    for name in ("knn", "linear"):
+        for metric, value in found[name].items():
+            if value["ci"]:
+                console.say(
+                    f"{name:<7} {metric:<18} {value['value']:.3f}  [{value['ci'][0]:.3f}, {value['ci'][1]:.3f}]"
+                )
+    best = found["choice"]
+    pooled = " and the mean patch" if best["mean_patch"] else ""
+    console.say(f"head    reads the last {best['blocks']} CLS tokens{pooled}, rate {best['lr']:g}")
+    console.result(found)
 
 
 def _secret(path: str) -> str:
