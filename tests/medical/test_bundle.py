@@ -30,6 +30,7 @@ from adaptsuite.medical.volumes import read_volume
 TINY = ("--backbone", "timm:test_vit", "--random-weights", "--image-size", "96")
 SMALLER = ("--backbone", "timm:test_vit?img_size=64", "--random-weights")  # it sees 160 pixels, positions are of 64
 EMBEDDED = ("--backbone", "embedded:vision-tiny")
+POOLED = (*TINY, "--set", "head.pool=cls+max", "--set", "front_end.fit=squash")
 CONFIG = ("--config_file", "configs/inference.json")
 BLOCKER = """import sys
 
@@ -158,7 +159,7 @@ def test_a_merged_bundle_runs_without_this_package_and_says_the_same(trained, ad
     ("method", "options", "network"),
     [
         ("lora", TINY, "class"),
-        ("bitfit", (*TINY, "--set", "head.pool=cls+max", "--set", "front_end.fit=squash"), "tokens"),
+        pytest.param("bitfit", POOLED, "tokens", marks=pytest.mark.slow),
         ("lora", (*TINY, "--set", "head.kind=ifa"), "graph"),
         pytest.param("audio.soft_moa", EMBEDDED, "graph", marks=pytest.mark.slow),
         pytest.param("vision.ila", EMBEDDED, "graph", marks=pytest.mark.slow),
@@ -404,7 +405,10 @@ def test_maps_come_back_to_a_picture_as_for_adapters(fit, size):
     assert np.array_equal(parser.get_parsed_content("labelled")(found)[0], labels_of(found.numpy()))
 
 
-@pytest.mark.parametrize("options", [("--set", "front_end.fit=pad"), ("--set", "head.kind=unet")])
+@pytest.mark.parametrize(
+    "options",
+    [("--set", "front_end.fit=pad"), pytest.param(("--set", "head.kind=unet"), marks=pytest.mark.slow)],
+)
 def test_masks_of_pictures_lie_on_their_pixels(adapt, data, tmp_path, options):
     from adaptsuite.medical.seg_predict import Segmenter
 
