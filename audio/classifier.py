@@ -15,7 +15,7 @@ from adaptsuite.audio.pipeline import DOMAIN
 from adaptsuite.audio.stream import Stream, check_samples, outputs
 from adaptsuite.devices import pick_device
 from adaptsuite.errors import DataError, UsageError, nearest
-from adaptsuite.experiment import file_notes, readable, restore
+from adaptsuite.experiment import readable, restore
 from adaptsuite.metrics import to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
@@ -133,4 +133,4 @@ def detect(
         high_hz = min(classifier.sample_rate_hz, inspect(path).rate_hz) / 2
         found.append(Found(path, in_order(classifier.events(path, **settings)), high_hz))
         say(found[-1])
-    return found, {"skipped": skipped, "notes": [*remarks, *file_notes(DOMAIN, classifier.model, paths)]}
+    return found, {"skipped": skipped, "notes": [*remarks, *DOMAIN.notes(classifier.model, paths)]}
