@@ -6,6 +6,7 @@ reads the mean over the words (arXiv:2403.09377, section 4.1 has 3129 answers). 
 V can be given in its place.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -32,8 +33,6 @@ class AnswerSettings:
     mapper_width: int = 256
     mapper_layers: int = 4
     loss: Literal["bce", "ce"] = "bce"  # of soft scores, each answer alone; ce: of their shares, one answer is right
-    most: int = 3129  # answers, the most frequent of the rows that are not test
-    least: int = 1  # how often an answer must occur there
 
     def __post_init__(self) -> None:
         for name, kinds in (("prefix", get_args(Prefix)), ("loss", ("bce", "ce"))):
@@ -41,7 +40,7 @@ class AnswerSettings:
                 raise UsageError(
                     f"head.{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), kinds)}"
                 )
-        for name in ("mapper_tokens", "mapper_width", "mapper_layers", "most", "least"):
+        for name in ("mapper_tokens", "mapper_width", "mapper_layers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"head.{name}={getattr(self, name)}: a whole number from 1 is expected")
 
@@ -111,6 +110,8 @@ class PairedModel(nn.Module):
     """Pictures (B, 3, H, W) or their V (B, N, D), and questions (B, T), -> logits (B, K).
 
     tokens: what of the image encoder's output is V: its CLS token, its patches, or both.
+    image_trains: adapters are on the image encoder as well; otherwise V carries no gradient, which reentrant
+    checkpoints of the text encoder need.
     """
 
     linear_head = None  # the head is an MLP
@@ -122,10 +123,11 @@ class PairedModel(nn.Module):
         settings: AnswerSettings | None = None,
         tokens: Tokens = "cls",
         front_end: FrontEnd | None = None,
+        image_trains: bool = False,
     ):
         super().__init__()
         settings = settings or AnswerSettings()
-        self.pair, self.tokens, self.settings = pair, tokens, settings
+        self.pair, self.tokens, self.settings, self.image_trains = pair, tokens, settings, image_trains
         self.front_end = front_end or FrontEnd(**pair.adaptsuite_front_end)
         dim = pair.text_encoder.get_input_embeddings().embedding_dim
         self.head = AnswerHead(pair.image_encoder.num_features, dim, num_answers, settings)
@@ -145,7 +147,8 @@ class PairedModel(nn.Module):
 
     def see(self, image: Tensor, has_image: Tensor | None = None) -> Tensor:
         """V (B, N, D) of uint8 pictures or of values in [0, 1]; rows of zeros where has_image (B,) is False."""
-        found = self.pair.encode_image(image)
+        with nullcontext() if self.image_trains else torch.no_grad():
+            found = self.pair.encode_image(image)
         v = {"cls": found[:, :1], "patches": found[:, 1:], "all": found}[self.tokens]
         return v if has_image is None else v * has_image.to(v.dtype)[:, None, None]
 

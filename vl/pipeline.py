@@ -162,10 +162,10 @@ class VlDomain(Domain):
             raise UsageError(f"front_end.size={front.size}: multiples of {patch[0]} x {patch[1]} pixels are needed")
         settings = AnswerSettings(**recipe.head)
         tokens = recipe.front_end.get("tokens", "cls")
-        model = PairedModel(pair, len(classes), settings, tokens, front).eval()
+        model = PairedModel(pair, len(classes), settings, tokens, front, trains_image(recipe)).eval()
         # V of a picture stands for it as long as nothing in the image encoder is trained
         key = (recipe.backbone, recipe.random_weights and recipe.seeds[0], front, tokens)
-        model.seen_key = None if trains_image(recipe) else key
+        model.seen_key = None if model.image_trains else key
         return model
 
     def decided(self, recipe: Recipe, model: PairedModel) -> Recipe:
