@@ -38,7 +38,7 @@ def root(
 def demo(
     out: str = typer.Option("runs/demo", help="Folder of the reports."),
 ) -> None:
-    """Adapt the embedded backbones to generated data: no network, no files of yours, three minutes."""
+    """Adapt the embedded backbones to generated data: no network, no files of yours, five minutes."""
     for domain in COMMANDS:
         importlib.import_module(f"adaptsuite.{domain}.demo").run(out)
 

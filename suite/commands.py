@@ -317,7 +317,7 @@ def domain_app(
     def demo(
         out: Annotated[str, typer.Option("--out", help="Folder of the reports.")] = "runs/demo", as_json: Json = False
     ) -> None:
-        """Adapt the embedded backbone to generated data: no network, no files of yours, about a minute."""
+        """Adapt the embedded backbone to generated data: no network, no files of yours, a minute or two."""
         run = importlib.import_module(f"adaptsuite.{name}.demo").run
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             found = run(out)
