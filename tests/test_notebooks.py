@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTSUITE_TOY", "1")
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=180, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    NotebookClient(notebook, timeout=420, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert not [o for o in outputs if o.output_type == "error"]
     assert any("image/jpeg" in o.get("data", {}) for o in outputs), "no picture was drawn"
