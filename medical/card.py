@@ -62,7 +62,11 @@ def card_sections(card: Card) -> list[dict[str, Any]]:
         {"title": "Model", "table": _facts(card.model)},
         {"title": "Intended use", "text": " ".join([card.intended_use, *card.out_of_scope])},
         *(
-            {"title": f"Subgroups by {_words(column)}", "table": _renamed(rows)}
+            {
+                "title": f"Subgroups by {_words(column)}",
+                "text": " ".join(f"Suppressed: {row['why']}." for row in rows if row.get("why")),
+                "table": _renamed([{k: v for k, v in row.items() if k != "why"} for row in rows]),
+            }
             for column, rows in card.subgroups.items()
         ),
         {"title": f"Metrics on {card.part} rows", "table": _metrics(card.metrics)},

@@ -194,7 +194,11 @@ def _evaluated(rows: _Together, name: str, own: Finding) -> dict[str, dict[str, 
 def _of_finding(rows, name, own, by_seed, settings, part) -> list[dict[str, Any]]:
     values = _evaluated(rows, name, own)
     seeds = [clinical.evaluate(each, None, ("auroc", "auprc"), repeats=1) for each in by_seed]
-    table = [{"metric": NAMED.get(m, m), part: v, "note": v.get("note", "")} for m, v in values.items()]
+    noted = any(v.get("note") for v in values.values())
+    table = [
+        {"metric": NAMED.get(m, m), part: v, **({"note": v.get("note", "")} if noted else {})}
+        for m, v in values.items()
+    ]
     point = {m: values[m] for m in AT_THRESHOLD}
     facts = {"metrics": values, "rows": len(own.truth), "positives": int(own.truth.sum())}
     if len(seeds) > 1:

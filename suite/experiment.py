@@ -8,7 +8,7 @@ import io
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -503,7 +503,8 @@ def run(
         seconds=result["seconds"],
     )
     if comparison:
-        page = replace(page, comparison=[*comparison, comparison_row(page)])
+        metric = next((name for name, cell in comparison[0].items() if isinstance(cell, Mapping)), "accuracy")
+        page = replace(page, comparison=[*comparison, comparison_row(page, metric)])
     return {**result, "report": str(write_run(out, page))}
 
 
