@@ -6,6 +6,7 @@ reads the mean over the words (arXiv:2403.09377, section 4.1 has 3129 answers). 
 V can be given in its place.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -91,6 +92,8 @@ class AnswerHead(nn.Module):
         self.answer = nn.Sequential(
             nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_answers)
         )
+        # each answer starts as likely as one of K: from 1/2 each, the first epochs of bce would only unlearn that
+        nn.init.constant_(self.answer[-1].bias, -math.log(max(num_answers - 1, 1)))
 
     def prefix(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, D), and (B, P) where a token is to be read: none of a row without an image."""

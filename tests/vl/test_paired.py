@@ -182,6 +182,11 @@ def test_the_losses_are_those_of_loops():
     assert float(AnswerTask("ce").loss(Fixed(logits), {"target": target})) == pytest.approx(ce, rel=1e-9)
 
 
+def test_every_answer_starts_as_likely_as_one_of_all():
+    chance = paired().head.answer[-1].bias.sigmoid()
+    assert_close(chance, torch.full((5,), 1 / 5))
+
+
 def test_the_score_is_the_soft_accuracy_of_the_best_answer():
     outputs, targets = torch.tensor([[0.0, 2], [3, 1]]).numpy(), torch.tensor([[1.0, 2 / 3], [1 / 3, 0]]).numpy()
     assert AnswerTask().score(outputs, targets)["accuracy"] == pytest.approx((2 / 3 + 1 / 3) / 2)
