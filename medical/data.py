@@ -155,7 +155,7 @@ class Frames(Images):
         front_end: FrontEnd,
         memory: Memory | None = None,
         reading: Reading | None = None,
-        headers: dict[Path, Picture] | None = None,
+        headers: dict[tuple[Path, str], Picture] | None = None,
     ):
         super().__init__(paths, targets, front_end, memory)
         self.reading, self._headers = reading or Reading(), {} if headers is None else headers
@@ -165,9 +165,10 @@ class Frames(Images):
         self._places = np.array([i for c in chosen for i in range(len(c))])
 
     def header(self, path: Path) -> Picture:
-        if path not in self._headers:
-            self._headers[path] = inspect(path, self.reading.plane)
-        return self._headers[path]
+        key = path, self.reading.plane  # a volume has other slices in another plane
+        if key not in self._headers:
+            self._headers[key] = inspect(*key)
+        return self._headers[key]
 
     @property
     def item_targets(self) -> np.ndarray | None:

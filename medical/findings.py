@@ -26,6 +26,7 @@ NEGATION = re.compile(
 )
 CARD = "model_card.md"
 MOST = 6  # findings whose curves are drawn
+CROSS = "Band: 95 % of resampled patients. Cross: at the threshold, with its intervals."
 
 
 @dataclass(frozen=True)
@@ -111,32 +112,37 @@ def sections(
     leaks: Mapping[str, Any],
     out: Path | None,
 ) -> list[dict[str, Any]]:
-    """Of each finding its metrics at the operating point and its curves, then the model card, which goes to `out` too.
+    """Of each finding its metrics at the operating point and its curves; the model card, which goes to `out` too; and
+    calibration before and after.
 
     Of several seeds the first is drawn; tables of metrics tell the others.
     """
     seeds = list(dict.fromkeys(s.seed for s in said))
     first = _together([s for s in said if s.seed == seeds[0]])
-    found, shown = [], findings(classes, first.manifest.task, settings)
-    for name, columns in list(shown.items())[:MOST]:
+    others = [_together([s for s in said if s.seed == seed]) for seed in seeds[1:]]
+    scaled, found, card = _scaled(first, classes), [], None
+    for place, (name, columns) in enumerate(findings(classes, first.manifest.task, settings).items()):
+        if place == MOST:
+            break
         own = _finding(first, name, columns, classes)
         if own.truth.all() or not own.truth.any():
             found.append(
                 {"title": f"Finding: {name}", "text": f"All {part} rows are of one class: nothing to measure."}
             )
             continue
-        by_seed = [_finding(_together([s for s in said if s.seed == seed]), name, columns, classes) for seed in seeds]
-        found += _of_finding(first, name, own, by_seed, settings, part)
-    if shown:
-        name, columns = next(iter(shown.items()))
-        own = _finding(first, name, columns, classes)
-        if own.truth.any() and not own.truth.all():
-            card = _card(first, name, own, classes, settings, part, splits, leaks)
-            if out is not None:
-                write_card(out / CARD, card)
-            twice = (f"Metrics on {part} rows", "Model", "Data", "Versions")  # the report has them elsewhere
-            found += [section for section in card_sections(card) if section["title"] not in twice]
-    return found
+        called = _called(first, name, own)
+        values = clinical.evaluate(own, first.patients, OF_PROBABILITIES)
+        values |= clinical.evaluate(called, first.patients, AT_THRESHOLD)
+        by_seed = [own, *(_finding(other, name, columns, classes) for other in others)]
+        found += _of_finding(first, name, own, called, values, by_seed, settings, part)
+        if place == 0:
+            card = _card(first, name, own, called, values, scaled, classes, settings, part, splits, leaks)
+    if card is not None:
+        if out is not None:
+            write_card(out / CARD, card)
+        twice = (f"Metrics on {part} rows", "Model", "Data", "Versions")  # the report has them elsewhere
+        found += [section for section in card_sections(card) if section["title"] not in twice]
+    return found + ([_reliability(first, scaled, classes)] if scaled else [])
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,13 +192,7 @@ def _called(rows: _Together, name: str, own: Finding) -> Finding:
     return finding(moved, own.truth, 0.5)
 
 
-def _evaluated(rows: _Together, name: str, own: Finding) -> dict[str, dict[str, Any]]:
-    said = clinical.evaluate(own, rows.patients, OF_PROBABILITIES)
-    return {**said, **clinical.evaluate(_called(rows, name, own), rows.patients, AT_THRESHOLD)}
-
-
-def _of_finding(rows, name, own, by_seed, settings, part) -> list[dict[str, Any]]:
-    values = _evaluated(rows, name, own)
+def _of_finding(rows, name, own, called, values, by_seed, settings, part) -> list[dict[str, Any]]:
     seeds = [clinical.evaluate(each, None, ("auroc", "auprc"), repeats=1) for each in by_seed]
     noted = any(v.get("note") for v in values.values())
     table = [
@@ -206,13 +206,13 @@ def _of_finding(rows, name, own, by_seed, settings, part) -> list[dict[str, Any]
         for row, metric in zip(table, values, strict=True):
             row["other seeds"] = ", ".join(f"{e[metric]['value']:.3f}" for e in seeds[1:]) if metric in seeds[0] else ""
     roc, pr = curves.roc_curve(own, rows.patients), curves.pr_curve(own, rows.patients)
-    found = [
+    return [
         {"title": f"Finding: {name}", "text": _point_line(rows, name), "table": table, "facts": facts},
-        {"title": f"{name}: ROC", "figure": charts.roc(roc, point), "caption": _cross(rows, name)},
+        {"title": f"{name}: ROC", "figure": charts.roc(roc, point), "caption": CROSS},
         {"title": f"{name}: precision and recall", "figure": charts.precision_recall(pr, point)},
         {
             "title": f"{name}: predictive values where the finding is rarer",
-            "figure": charts.predictive_values(prevalence.predictive_curves(_called(rows, name, own), rows.patients)),
+            "figure": charts.predictive_values(prevalence.predictive_curves(called, rows.patients)),
             "text": _elsewhere(point, settings),
         },
         {
@@ -221,7 +221,6 @@ def _of_finding(rows, name, own, by_seed, settings, part) -> list[dict[str, Any]
             "caption": "Net benefit of calling by this model, of calling everyone, and of calling no one.",
         },
     ]
-    return found
 
 
 def _point_line(rows: _Together, name: str) -> str:
@@ -235,10 +234,6 @@ def _point_line(rows: _Together, name: str) -> str:
     return f"Threshold {at}, chosen on validation rows for {points[0]['target']}."
 
 
-def _cross(rows: _Together, name: str) -> str:
-    return "Band: 95 % of resampled patients. Cross: at the threshold, with its intervals."
-
-
 def _elsewhere(point: Mapping[str, Mapping[str, Any]], settings: EvidenceSettings) -> str:
     share, pair = settings.prevalence, [point[m]["value"] for m in ("sensitivity", "specificity")]
     if share is None or None in pair:
@@ -247,12 +242,10 @@ def _elsewhere(point: Mapping[str, Mapping[str, Any]], settings: EvidenceSetting
     return f"At a prevalence of {share:.3g}: PPV {ppv:.3f}, NPV {npv:.3f}, if only the prevalence differs."
 
 
-def _card(rows, name, own, classes, settings, part, splits, leaks) -> Card:
+def _card(rows, name, own, called, values, scaled, classes, settings, part, splits, leaks) -> Card:
     point = next((p[name] for p in rows.points if name in p), None)
     one = len({id(p) for p in rows.points}) == 1
     temperature = float(rows.temperatures[0, 0]) if len(np.unique(rows.temperatures)) == 1 else None
-    scaled = bool((rows.temperatures != 1).any())
-    targets = rows.manifest.targets(classes)
     return Card(
         title=f"{name}: {rows.facts.get('method', 'adapter')} on {rows.facts.get('backbone', 'a backbone')}",
         model={k: rows.facts[k] for k in ("backbone", "method", "trained", "total") if k in rows.facts},
@@ -264,7 +257,7 @@ def _card(rows, name, own, classes, settings, part, splits, leaks) -> Card:
         },
         splits=splits,
         leaks=leaks,
-        metrics=_evaluated(rows, name, own),
+        metrics=values,
         part=part,
         units=frames_and_patients(own, rows.patients) if len(np.unique(rows.patients)) < len(own.truth) else {},
         operating_point=point,
@@ -272,29 +265,29 @@ def _card(rows, name, own, classes, settings, part, splits, leaks) -> Card:
         if one and point and point["value"] is not None
         else None,
         temperature=temperature if scaled else None,
-        calibration=calibration(rows.raw, targets, rows.temperatures, rows.patients, rows.manifest.task)
-        if scaled
-        else (),
+        calibration=scaled,
         subgroups={
-            column: subgroup_table(_called(rows, name, own), column, _cells(rows.manifest, column), rows.patients)
+            column: subgroup_table(called, column, _cells(rows.manifest, column), rows.patients)
             for column in settings.subgroups
         },
         versions=collect_versions(),
     )
 
 
-def reliability(rows: Sequence[Said], classes: Sequence[str]) -> dict[str, Any] | None:
-    """The section of calibration before and after temperature scaling; None where nothing was scaled."""
-    first = _together([s for s in rows if s.seed == rows[0].seed])
-    if not (first.temperatures != 1).any():
-        return None
-    targets, task = first.manifest.targets(classes), first.manifest.task
+def _scaled(rows: _Together, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The table of `calibration` before and after temperature scaling; empty where nothing was scaled."""
+    if not (rows.temperatures != 1).any():
+        return []
+    return calibration(rows.raw, rows.manifest.targets(classes), rows.temperatures, rows.patients, rows.manifest.task)
+
+
+def _reliability(rows: _Together, table: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> dict[str, Any]:
+    targets, task = rows.manifest.targets(classes), rows.manifest.task
     both = [
-        metrics.reliability(metrics.to_probabilities(x, task), targets, task, True) for x in (first.raw, first.outputs)
+        metrics.reliability(metrics.to_probabilities(x, task), targets, task, True) for x in (rows.raw, rows.outputs)
     ]
-    table = calibration(first.raw, targets, first.temperatures, first.patients, task)
     errors = next(row for row in table if row["metric"] == "ece")
-    temperature = float(np.exp(np.log(first.temperatures).mean()))
+    temperature = float(np.exp(np.log(rows.temperatures).mean()))
     figure = charts.calibration(*both, temperature, [errors["before"]["value"], errors["after"]["value"]])
     facts = {"temperature": temperature, **{row["metric"]: row for row in table}}
     return {"title": "Calibration before and after", "figure": figure, "facts": facts}

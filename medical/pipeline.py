@@ -58,9 +58,9 @@ class MedicalDomain(ImageDomain):
 
     def __init__(self):
         super().__init__()
-        self.headers: dict[Path, Picture] = {}
+        self.headers: dict[tuple[Path, str], Picture] = {}  # of Frames, by file and plane
         self.masks = Segmentation(self)
-        self._leaks: dict[str, Any] = {}
+        self._leaks: dict[str, dict[str, int]] = {}  # by the table's digest
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """Rates that trained well on few pictures."""
@@ -115,9 +115,10 @@ class MedicalDomain(ImageDomain):
         return Frames(paths, targets, model.front_end, self.memory, model.reading, self.headers)
 
     def header(self, path: Path) -> Picture:
-        if path not in self.headers:
-            self.headers[path] = files.inspect(path)
-        return self.headers[path]
+        key = path, Reading.plane
+        if key not in self.headers:
+            self.headers[key] = files.inspect(path)
+        return self.headers[key]
 
     def look(self, path: Path) -> dict[str, Any]:
         return files.look(path, Reading())
@@ -163,7 +164,7 @@ class MedicalDomain(ImageDomain):
             if settings.near_duplicates == "stop":
                 leaks.require_no_near_leak(pairs, parts, [self.shown(r) for r in manifest.rows], manifest.source.name)
             report = leaks.leak_report(pairs, parts, [r.label for r in manifest.rows], manifest.groups())
-            self._leaks = {k: v if isinstance(v, int) else len(v) for k, v in report.items()}
+            self._leaks[manifest.digest] = {k: v if isinstance(v, int) else len(v) for k, v in report.items()}
             if across := report["across_parts"]:
                 shown = "; ".join(
                     f"{self.shown(manifest.rows[p['rows'][0]])} ({p['parts'][0]}) and "
@@ -221,9 +222,7 @@ class MedicalDomain(ImageDomain):
             {"part": part, "rows": len(s.manifest), "patients": len(set(s.manifest.groups())), "run": s.name}
             for s in said
         ]
-        found = findings.sections(said, classes, settings, part, splits, self._leaks, out)
-        calibrated = findings.reliability(said, classes)
-        return found + ([calibrated] if calibrated else [])
+        return findings.sections(said, classes, settings, part, splits, self._leaks.get(manifest.digest, {}), out)
 
     def shown(self, row: Row) -> str:
         """A row by its line, or a hash: names of files may be those of patients."""

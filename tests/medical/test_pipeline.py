@@ -1,6 +1,7 @@
 """The medical domain from table to report: frames of one row, records of validation rows, evidence without names."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def recipe_of(data, domain, *settings):
 
 def test_kinds_of_files_and_how_many_frames_they_have(tmp_path):
     clip = get_testdata_file("examples_ybr_color.dcm")
-    found = inspect(type(tmp_path)(clip))
+    found = inspect(Path(clip))
     assert (found.frames, found.height, found.width) == (30, 240, 320)
     frames = list(pictures(found.path, Reading(frames=4)))
     assert len(frames) == 4 and {f.mode for f in frames} == {"RGB"}
@@ -85,9 +86,22 @@ def test_a_volume_is_read_as_slices_of_the_plane_asked_for(tmp_path):
     assert slices[0][0].max() == 255 and slices[0][-1].max() == 0  # the head is up, where z is large
 
 
+def test_a_plane_is_followed_by_a_domain_that_has_looked_at_the_files_before(tmp_path):
+    """The header that a table is checked by is that of axial slices."""
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(np.random.rand(12, 20, 30).astype(np.float32), np.eye(4)), tmp_path / "v.nii.gz")
+    domain, path = MedicalDomain(), tmp_path / "v.nii.gz"
+    assert domain.header(path).frames == 30
+    for plane, slices in (("sagittal", 12), ("coronal", 20), ("axial", 30)):
+        reading = Reading(frames=0, plane=plane)
+        data = Frames([path], None, SMALL, reading=reading, headers=domain.headers)
+        assert len(data) == slices and data[slices - 1]["image"].shape == (3, 32, 32)
+
+
 def test_outputs_of_a_row_are_the_mean_over_its_frames(tmp_path):
     Image.new("L", (20, 20), 90).save(tmp_path / "a.png")
-    clip = type(tmp_path)(get_testdata_file("examples_ybr_color.dcm"))
+    clip = Path(get_testdata_file("examples_ybr_color.dcm"))
     data = Frames([tmp_path / "a.png", clip], np.array([0, 1]), SMALL, reading=Reading(frames=3))
     assert len(data) == 4 and data.rows.tolist() == [0, 1, 1, 1] and data.starts.tolist() == [0, 5, 15, 25]
     assert data.item_targets.tolist() == [0, 1, 1, 1]
@@ -123,11 +137,11 @@ def test_a_folder_row_is_one_series_and_two_are_refused(tmp_path):
 
 def test_a_dicom_file_without_pixels_is_refused():
     with pytest.raises(DataError, match="holds no picture"):
-        inspect(type(__import__("pathlib").Path())(get_testdata_file("rtplan.dcm")))
+        inspect(Path(get_testdata_file("rtplan.dcm")))
 
 
 def test_look_decodes_and_remarks(tmp_path):
-    found = look(type(tmp_path)(get_testdata_file("CT_small.dcm")), Reading())
+    found = look(Path(get_testdata_file("CT_small.dcm")), Reading())
     assert (found["width"], found["height"], found["frames"]) == (128, 128, 1)
 
 
