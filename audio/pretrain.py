@@ -6,10 +6,6 @@ Two renders of one latent are pulled together (InfoNCE, van den Oord et al. 2018
 read the latents, the sources' control tracks per time column, descriptors of the log-mel picture, and masked patches.
 """
 
-import argparse
-import copy
-import json
-import platform
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsuite import pretraining
 from adaptsuite.audio import synthetic
 from adaptsuite.audio.backbones import initialise_tokens
 from adaptsuite.audio.features import Fbank, normalise, resize_positions
+from adaptsuite.pretraining import Ring, Training
 
 CONFIG = {
     "hidden_size": 128,
@@ -231,27 +229,12 @@ def losses(model: nn.Module, heads: Heads, batch: dict[str, Tensor], s: Settings
     }
 
 
-class Buffer:
-    """The newest pairs of one view length, as a ring."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.rows, self.next = capacity, {}, 0
-        self.filled = 0
-
-    def add(self, pairs: dict[str, Tensor]) -> None:
-        for name, value in pairs.items():
-            if name not in self.rows:
-                self.rows[name] = torch.zeros(self.capacity, *value.shape[1:], dtype=value.dtype)
-        at = (torch.arange(len(value)) + self.next) % self.capacity
-        for name, value in pairs.items():
-            self.rows[name][at] = value
-        self.next = int(at[-1] + 1) % self.capacity
-        self.filled = min(self.filled + len(at), self.capacity)
+class Buffer(Ring):
+    """The newest pairs of one view length."""
 
     def draw(self, num_pairs: int, rng: np.random.Generator) -> dict[str, Tensor]:
         """Neighbours stay together: they are each other's hardest negatives."""
-        first = torch.from_numpy(rng.choice(self.filled // 2, num_pairs // 2, replace=False)) * 2
-        at = torch.stack([first, first + 1], 1).flatten()
+        at = self.neighbours(num_pairs, rng)
         batch = {name: value[at] for name, value in self.rows.items()}
         gain = torch.from_numpy(rng.normal(0, 1, (num_pairs, 2, 1, 1))).float()
         log_mel, floor = batch.pop("log_mel").float(), Fbank.floor
@@ -316,46 +299,22 @@ def pretrain(s: Settings, out: Path) -> dict:
     heads = Heads(CONFIG["hidden_size"], described.shape[1])
     heads.centre.copy_(described.mean(0))
     heads.scale.copy_(described.std(0).clamp_min(1e-3))
-    parameters = [*model.parameters(), *heads.parameters()]
-    decayed = [p for p in parameters if p.ndim > 1 and p.shape[0] > 1]
-    plain = [p for p in parameters if not (p.ndim > 1 and p.shape[0] > 1)]
-    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.98))
-    average = copy.deepcopy(model).eval()
-    history, sums = [], {}
-    start = saved = time.monotonic()
-    views = step = made = 0
+    training = Training(model, [*model.parameters(), *heads.parameters()], s, clock=time.monotonic)
+    views = made = 0
     lengths = _lengths(rng)
-    while (share := (time.monotonic() - start) / (60 * s.minutes)) < 1:
+    while (share := training.share) < 1:
         if not queue.empty():
             made += _receive(queue, buffers)
         frames = next(lengths)
         batch = buffers[frames].draw(_pairs(frames, s), rng)
-        terms = losses(model, heads, batch, s)
-        loss = sum(getattr(s, name) * value for name, value in terms.items())
-        rate = s.lr * min((step + 1) / 100, 1) * min((1 - share) / 0.4, 1)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 3.0)
-        optimiser.step()
-        step, views = step + 1, views + 2 * len(batch["x"])
-        keep = min(s.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
-        for name, value in terms.items():
-            sums.setdefault(name, []).append(value.item())
-        if time.monotonic() - saved > 60 or step == 1:
-            saved = time.monotonic()
-            row = {"minute": round((saved - start) / 60, 2), "step": step, "views": views, "pairs_made": made}
-            history.append({**row, **{k: round(float(np.mean(v)), 4) for k, v in sums.items()}})
-            print(json.dumps(history[-1]), flush=True)
-            sums = {}
-            save(average, history, s, out)
+        training.update(losses(model, heads, batch, s), asdict(s), share)
+        views += 2 * len(batch["x"])
+        if training.due:
+            training.log({"views": views, "pairs_made": made})
+            save(training.average, training.history, s, out)
     worker.terminate()
     worker.join()
-    return save(average, history, s, out)
+    return save(training.average, training.history, s, out)
 
 
 def _pairs(frames: int, s: Settings) -> int:
@@ -370,34 +329,12 @@ def _receive(queue, buffers: dict[int, Buffer]) -> int:
 
 def save(model: nn.Module, history: list[dict], s: Settings, out: Path) -> dict:
     """Half-precision weights under ASTModel's own names, with what is needed to build and feed the model."""
-    import transformers
-    from safetensors.torch import save_file
-
-    state = {name: value.detach().half().contiguous() for name, value in model.state_dict().items()}
-    metadata = {"config": json.dumps(CONFIG), "front_end": json.dumps(FRONT_END), "licence": "Apache-2.0"}
-    part = out / "audio-tiny.safetensors.part"
-    save_file(state, part, metadata)
-    part.chmod(0o644)
-    part.replace(out / "audio-tiny.safetensors")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    versions["python"] = platform.python_version()
-    settings = asdict(s) | {"start": Path(s.start).name}
-    log = {"settings": settings, "lengths": LENGTHS, "versions": versions, "history": history}
-    if s.start and (earlier := Path(s.start).parent / "log.json").is_file():
-        log["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
-    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    return log
+    record = {"config": CONFIG, "front_end": FRONT_END}
+    return pretraining.save(out, "audio-tiny", model, record, s, history, ["transformers"], lengths=LENGTHS)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    for name, value in asdict(Settings()).items():
-        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
-    arguments = vars(parser.parse_args(argv))
-    out = arguments.pop("out")
-    pretrain(Settings(**arguments), out)
+    pretraining.main(pretrain, Settings, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,7 @@ Two renders of one latent are pulled together (InfoNCE, van den Oord et al. 2018
 read the latents and descriptors of the whole image from the read-out, and descriptors of its own cell from each token.
 """
 
-import argparse
-import copy
-import json
 import math
-import platform
-import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsuite import pretraining
+from adaptsuite.pretraining import Ring, Training
 from adaptsuite.vision import synthetic
 from adaptsuite.vision.backbones import vision_transformer
 
@@ -255,27 +252,12 @@ def losses(model: nn.Module, heads: Heads, x: Tensor, latent: Tensor, s: Setting
     }
 
 
-class Buffer:
-    """The newest pairs, as a ring."""
-
-    def __init__(self, capacity: int):
-        self.capacity, self.rows, self.next = capacity, {}, 0
-        self.filled = 0
-
-    def add(self, pairs: dict[str, Tensor]) -> None:
-        for name, value in pairs.items():
-            if name not in self.rows:
-                self.rows[name] = torch.zeros(self.capacity, *value.shape[1:], dtype=value.dtype)
-        at = (torch.arange(len(value)) + self.next) % self.capacity
-        for name, value in pairs.items():
-            self.rows[name][at] = value
-        self.next = int(at[-1] + 1) % self.capacity
-        self.filled = min(self.filled + len(at), self.capacity)
+class Buffer(Ring):
+    """The newest pairs."""
 
     def draw(self, num_pairs: int, zoom: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """Views (2 N, 3, H, W) and latents (N, TARGETS). Neighbours stay together: each other's hardest negatives."""
-        first = torch.from_numpy(rng.choice(self.filled // 2, num_pairs // 2, replace=False)) * 2
-        at = torch.stack([first, first + 1], 1).flatten()
+        at = self.neighbours(num_pairs, rng)
         images = self.rows["image"][at].transpose(0, 1).flatten(0, 1)
         return crop(images, CONFIG["img_size"], zoom, rng), self.rows["latent"][at]
 
@@ -320,51 +302,21 @@ def _train(s: Settings, out: Path, queue) -> dict:
     while buffer.filled < 2 * s.pairs:
         _receive(queue, buffer)
     heads.measure(buffer.draw(buffer.filled, s.zoom, rng)[0], model.patch_embed.grid_size)
-    parameters = [*model.parameters(), *heads.parameters()]
-    decayed = [p for p in parameters if p.ndim > 1 and p.shape[0] > 1]
-    plain = [p for p in parameters if not (p.ndim > 1 and p.shape[0] > 1)]
-    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.98))
-    average = copy.deepcopy(model).eval()
+    training = Training(model, [*model.parameters(), *heads.parameters()], s)
     if s.bf16:
         for block in model.blocks:
             block.attn.fused_attn = False  # the fused kernel is slower here
-    history, sums = [], {}
-    start = saved = time.process_time()
-    step = views = made = 0
-    while (share := (time.process_time() - start) / (60 * s.minutes)) < 1:
+    views = made = 0
+    while (share := training.share) < 1:
         while not queue.empty():
             made += _receive(queue, buffer)
         x, latent = buffer.draw(s.pairs, s.zoom, rng)
-        terms = losses(model, heads, x, latent, s)
-        loss = sum(getattr(s, name) * value for name, value in terms.items())
-        rate = s.lr * min((step + 1) / 100, 1) * min((1 - share) / 0.4, 1)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 3.0)
-        optimiser.step()
-        step, views = step + 1, views + len(x)
-        keep_average(average, model, min(s.ema, (1 + step) / (10 + step)))
-        for name, value in terms.items():
-            sums.setdefault(name, []).append(value.item())
-        if time.process_time() - saved > 60 or step == 1:
-            saved = time.process_time()
-            row = {"minute": round((saved - start) / 60, 2), "step": step, "views": views, "pairs_made": made}
-            history.append({**row, **{k: round(float(np.mean(v)), 4) for k, v in sums.items()}})
-            print(json.dumps(history[-1]), flush=True)
-            sums = {}
-            save(average, history, s, out)
-    return save(average, history, s, out)
-
-
-@torch.no_grad()
-def keep_average(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Moves the averaged weights, and the statistics of their BatchNorms, towards the model's."""
-    new = model.state_dict()
-    for name, value in average.state_dict().items():
-        value.lerp_(new[name], 1 - keep) if value.is_floating_point() else value.copy_(new[name])
+        training.update(losses(model, heads, x, latent, s), asdict(s), share)
+        views += len(x)
+        if training.due:
+            training.log({"views": views, "pairs_made": made})
+            save(training.average, training.history, s, out)
+    return save(training.average, training.history, s, out)
 
 
 def _receive(queue, buffer: Buffer) -> int:
@@ -375,33 +327,12 @@ def _receive(queue, buffer: Buffer) -> int:
 
 def save(model: nn.Module, history: list[dict], s: Settings, out: Path) -> dict:
     """Half-precision weights under timm's own names, with what is needed to build and feed the model."""
-    import timm
-    from safetensors.torch import save_file
-
-    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
-    metadata = {"config": json.dumps(CONFIG), "pretrained_cfg": json.dumps(PRETRAINED_CFG), "licence": "Apache-2.0"}
-    part = out / "vision-tiny.safetensors.part"
-    save_file(state, part, metadata)
-    part.chmod(0o644)
-    part.replace(out / "vision-tiny.safetensors")
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
-    settings = asdict(s) | {"start": Path(s.start).name}
-    log = {"settings": settings, "shares": synthetic.SHARES, "versions": versions, "history": history}
-    if s.start and (earlier := Path(s.start).parent / "log.json").is_file():
-        log["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
-    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    return log
+    record = {"config": CONFIG, "pretrained_cfg": PRETRAINED_CFG}
+    return pretraining.save(out, "vision-tiny", model, record, s, history, ["timm"], shares=synthetic.SHARES)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    for name, value in asdict(Settings()).items():
-        kind = (lambda text: text.lower() in ("1", "true", "yes")) if isinstance(value, bool) else type(value)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
-    arguments = vars(parser.parse_args(argv))
-    out = arguments.pop("out")
-    pretrain(Settings(**arguments), out)
+    pretraining.main(pretrain, Settings, __doc__, argv)
 
 
 if __name__ == "__main__":

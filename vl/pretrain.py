@@ -8,12 +8,7 @@ pulls two orders of one caption together (InfoNCE, van den Oord et al. 2018, arX
 two, so whatever answers a question about an image afterwards was learned by an adapter.
 """
 
-import argparse
-import copy
-import json
-import platform
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptsuite import pretraining
+from adaptsuite.pretraining import Training
 from adaptsuite.vl import synthetic
 from adaptsuite.vl.backbones import EncoderPair, encoder_pair
 from adaptsuite.vl.tokenizer import MASK, SEP, WordTokenizer
@@ -161,42 +158,21 @@ def pretrain(s: Settings, out: Path) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     pair = new_pair(s.seed).train()
     heads, rng, held_out = Heads(pair.tokenizer.num_known), np.random.default_rng(s.seed), np.random.default_rng(10**6)
-    parameters = [*pair.parameters(), *heads.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": s.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.98))
-    average = copy.deepcopy(nn.ModuleList([pair, heads])).eval()
-    history, sums = [], {}
-    start = saved = time.process_time()
-    step = 0
-    while (share := (time.process_time() - start) / (60 * s.minutes)) < 1:
-        losses = {n: value for draw in STEPS[step % 2] for n, value in draw(pair, heads, s, rng).items()}
-        loss = sum((s.contrast if name == "contrast" else 1) * value for name, value in losses.items())
-        rate = s.lr * min((step + 1) / 200, 1) * min((1 - share) / 0.5, 1)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        step += 1
-        keep_average(average, nn.ModuleList([pair, heads]), min(s.ema, (1 + step) / (10 + step)))
-        for name, value in losses.items():
-            sums.setdefault(name, []).append(value.item())
-        if time.process_time() - saved > 60 or step == 1:
-            saved = time.process_time()
-            row = {"minute": round((saved - start) / 60, 2), "step": step, "scenes": (step + 1) // 2 * s.scenes}
-            row |= {name: round(float(np.mean(values)), 4) for name, values in sums.items()}
-            history.append(row | read_scenes(*average, held_out))
-            print(json.dumps(history[-1]), flush=True)
-            sums = {}
-            save(average[0], history, s, out)
-    history.append(
-        {"minute": s.minutes, "step": step, "scenes": (step + 1) // 2 * s.scenes, **read_scenes(*average, held_out)}
-    )
-    return save(average[0], history, s, out)
+    both = nn.ModuleList([pair, heads])
+    training = Training(both, both.parameters(), s, lambda p: p.ndim > 1, warmup=200, fall=0.5, clip=1.0)
+
+    def scenes() -> int:
+        return (training.step + 1) // 2 * s.scenes
+
+    while (share := training.share) < 1:
+        losses = {n: value for draw in STEPS[training.step % 2] for n, value in draw(pair, heads, s, rng).items()}
+        training.update(losses, {**dict.fromkeys(losses, 1), "contrast": s.contrast}, share)
+        if training.due:
+            training.log({"scenes": scenes()}, lambda: read_scenes(*training.average, held_out))
+            save(training.average[0], training.history, s, out)
+    last = {"minute": s.minutes, "step": training.step, "scenes": scenes()}
+    training.history.append(last | read_scenes(*training.average, held_out))
+    return save(training.average[0], training.history, s, out)
 
 
 @torch.no_grad()
@@ -210,39 +186,13 @@ def read_scenes(pair: EncoderPair, heads: Heads, rng: np.random.Generator, n: in
     return {name: round(float(np.mean(read[name].numpy() == truth[name])), 4) for name in read}
 
 
-@torch.no_grad()
-def keep_average(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Moves the averaged weights towards the model's."""
-    for old, new in zip(average.parameters(), model.parameters(), strict=True):
-        old.lerp_(new, 1 - keep)
-
-
 def save(pair: EncoderPair, history: list[dict], s: Settings, out: Path) -> dict:
     """Half-precision weights under the stock classes' names, with what is needed to build and feed them."""
-    import timm
-    import transformers
-    from safetensors.torch import save_file
-
-    state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in pair.state_dict().items()}
-    metadata = {key: json.dumps(value) for key, value in RECORD.items()} | {"licence": "Apache-2.0"}
-    part = out / "vl-tiny.safetensors.part"
-    save_file(state, part, metadata)
-    part.chmod(0o644)
-    part.replace(out / "vl-tiny.safetensors")
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "transformers": transformers.__version__}
-    log = {"settings": asdict(s), "versions": versions | {"python": platform.python_version()}, "history": history}
-    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    return log
+    return pretraining.save(out, "vl-tiny", pair, RECORD, s, history, ["timm", "transformers"])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    for name, value in asdict(Settings()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    arguments = vars(parser.parse_args(argv))
-    out = arguments.pop("out")
-    pretrain(Settings(**arguments), out)
+    pretraining.main(pretrain, Settings, __doc__, argv)
 
 
 if __name__ == "__main__":

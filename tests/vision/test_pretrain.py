@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from adaptsuite.backbones import load_backbone, record_of
 from adaptsuite.errors import UsageError
+from adaptsuite.pretraining import keep_average
 from adaptsuite.vision import pretrain, synthetic
 from adaptsuite.vision.backbones import EMBEDDED_POOL, embedded, vision_transformer
 from adaptsuite.vision.pretrain import CHANNELS, CONFIG, DESCRIPTORS, Buffer, Heads, Settings, losses, new_model
@@ -150,7 +151,7 @@ def test_the_average_follows_weights_and_batch_norm_statistics():
     model[1].running_mean.fill_(1)
     model[1].num_batches_tracked.fill_(7)
     wanted = average[0].weight.detach().lerp(model[0].weight.detach(), 0.25)
-    pretrain.keep_average(average, model, 0.75)
+    keep_average(average, model, 0.75)
     assert_close(average[0].weight.detach(), wanted)
     assert average[1].running_mean == 0.25 and average[1].num_batches_tracked == 7
 

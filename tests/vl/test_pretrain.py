@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from adaptsuite.backbones import load_backbone
 from adaptsuite.errors import UsageError
 from adaptsuite.front_end import own_front_end
+from adaptsuite.pretraining import keep_average
 from adaptsuite.vl import pretrain, synthetic
 from adaptsuite.vl.backbones import embedded, encoder_pair
 from adaptsuite.vl.pretrain import RECORD, Heads, Settings, hide, new_pair
@@ -81,7 +82,7 @@ def test_the_mean_leaves_padding_out():
 def test_the_average_follows_the_weights():
     average, model = nn.Linear(2, 2), nn.Linear(2, 2)
     wanted = average.weight.detach().lerp(model.weight.detach(), 0.25)
-    pretrain.keep_average(average, model, 0.75)
+    keep_average(average, model, 0.75)
     assert_close(average.weight.detach(), wanted)
 
 
