@@ -64,7 +64,7 @@ class MedicalDomain(ImageDomain):
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """Rates that trained well on few pictures."""
-        lr = {"full": 1e-4, "linear": 1e-3, "bitfit": 2e-3, "film": 2e-3}.get(method, 2e-3)
+        lr = {"full": 1e-4, "linear": 1e-3}.get(method, 2e-3)
         return {"method_settings": {}, "plan": {"lr": lr, "head_lr": 1e-3, "batch_size": 16, "epochs": 15}}
 
     # ---- data

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from adaptsuite.domain import Said
 from adaptsuite.errors import DataError, UsageError
-from adaptsuite.front_end import FrontEnd, load
+from adaptsuite.front_end import load
 from adaptsuite.host import Handle
-from adaptsuite.image_task import ImageDomain
+from adaptsuite.image_task import ImageDomain, given_front_end
 from adaptsuite.manifest import Manifest, Row, load_manifest
 from adaptsuite.medical import seg_evidence
 from adaptsuite.medical.findings import EvidenceSettings
@@ -95,9 +95,7 @@ class Segmentation:
         return replace(recipe, data=data, front_end={**front, "fit": front.get("fit") or "squash", "ratio": 1.0})
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> SegmentationModel:
-        own = {f.name for f in fields(FrontEnd)}
-        given = {k: v for k, v in recipe.front_end.items() if k in own and v is not None}
-        given = {"fit": "squash", "ratio": 1.0, **given}
+        given = {"fit": "squash", "ratio": 1.0, **given_front_end(recipe)}
         backbone, front = load(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **given)
         model = SegmentationModel(backbone, front, len(classes), MaskHead(**recipe.head)).eval()
         model.classes = tuple(classes)

@@ -66,6 +66,11 @@ class Record:
     def settings(self) -> dict[str, Any]:
         return _settings(self.method)
 
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What validation rows decided, and all other facts that were given along (adaptsuite.domain.Domain.keep)."""
+        return {"temperature": self.temperature, "threshold": self.threshold, **self.extra}
+
 
 # ---- writing
 

@@ -647,7 +647,7 @@ def _outputs(domain, handle, recipe, record, dataset, device, batch_size) -> tup
     """Scores before calibration, and what the adapter keeps for it."""
     plan, task = recipes.build(Plan, recipe.plan, "plan"), domain.task(recipe, record.labels)
     outputs = domain.outputs(handle.model, task, dataset, plan, batch_size, device)
-    return outputs, {"temperature": record.temperature, "threshold": record.threshold, **record.extra}
+    return outputs, record.kept
 
 
 def _test_rows(manifest: Manifest, test: str | None) -> np.ndarray:

@@ -45,8 +45,7 @@ class ImageClassifier:
         """
         several = _several(pictures)
         scores = self._run(pictures if several else [pictures], self.task.predict)
-        kept = {"temperature": self.record.temperature, "threshold": self.record.threshold, **self.record.extra}
-        found = to_probabilities(self.domain.calibrated(scores, kept), self.recipe.data.task)
+        found = to_probabilities(self.domain.calibrated(scores, self.record.kept), self.recipe.data.task)
         named = [{label: float(p) for label, p in zip(self.labels, row, strict=True)} for row in found]
         return named if several else named[0]
 

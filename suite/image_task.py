@@ -150,8 +150,7 @@ class ImageDomain(Domain):
         self.memory = Memory()
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> ImageModel:
-        own = {f.name for f in fields(FrontEnd)}
-        given = {k: v for k, v in recipe.front_end.items() if k in own and v is not None}
+        given = given_front_end(recipe)
         backbone, front = load(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0], **given)
         model = ImageModel(backbone, front, len(classes), self.sections["head"](**recipe.head)).eval()
         model.classes = tuple(classes)  # for pictures of the report
@@ -203,3 +202,9 @@ class ImageDomain(Domain):
             f"{width} x {height} pixels of {wide} x {tall} ({front.fit}, {front.interpolation}), mean {mean}, std {std}"
         )
         return {"input": line, "front_end": asdict(front)}
+
+
+def given_front_end(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of the FrontEnd itself; the rest of its section is the domain's."""
+    own = {f.name for f in fields(FrontEnd)}
+    return {k: v for k, v in recipe.front_end.items() if k in own and v is not None}
