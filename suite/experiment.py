@@ -23,7 +23,7 @@ from adaptsuite.checkpoint import copied
 from adaptsuite.domain import Domain, Said
 from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.host import Handle, attach
-from adaptsuite.manifest import Fold, Manifest, matching, split, write_csv
+from adaptsuite.manifest import LABELLED, Fold, Manifest, matching, split, write_csv
 from adaptsuite.method import Method, method_class, resolve
 from adaptsuite.plan import Plan
 from adaptsuite.rates import Choice, choose, plans_of, section
@@ -293,7 +293,7 @@ class _Work:
 
 def class_counts(manifest: Manifest, rows: np.ndarray) -> np.ndarray | None:
     """(K,) rows of each class; a row of several labels counts for each. None where rows have no class."""
-    if manifest.task not in ("multiclass", "multilabel"):
+    if manifest.task not in LABELLED:
         return None
     targets = manifest.subset(rows).targets(manifest.classes)
     return targets.sum(0) if targets.ndim == 2 else np.bincount(targets, minlength=len(manifest.classes))
