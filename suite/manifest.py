@@ -528,7 +528,7 @@ def _strata(manifest: Manifest, rows: "np.ndarray") -> tuple["np.ndarray", int]:
     import numpy as np
 
     counts = Counter(label for i in rows for label in manifest.rows[i].labels)
-    free = manifest.task == "free"
+    free = manifest.task not in (*LABELLED, "segmentation")
     own = [() if free else manifest.rows[i].labels or tuple(manifest.rows[i].files) for i in rows]
     labels = [min(names, key=lambda name: (counts[name], name), default="") for names in own]
     return np.array(labels), max(Counter(labels).values())

@@ -30,7 +30,8 @@ class DataSettings:
     """Which table, and how it is parted; see `adaptsuite.manifest.split`."""
 
     manifest: str = ""  # CSV, or a folder
-    task: Literal["multiclass", "multilabel", "segmentation", "free"] = "multiclass"
+    # the last three are what is asked of pictures with texts, the first of them where nothing is said
+    task: Literal["multiclass", "multilabel", "segmentation", "free", "vqa", "caption", "retrieval"] = "multiclass"
     classes: tuple[str, ...] = ()  # segmentation: of the values 1, 2, ... of masks; none: foreground
     test: str | None = None  # COLUMN=VALUE[,VALUE]
     val: Literal["none"] | str | None = None  # the same, or "none": go without

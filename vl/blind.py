@@ -43,10 +43,11 @@ def train_twins(
     out: Path,
     labels: Sequence[str],
     say: Callable[[str], None] = lambda line: None,
+    kinds: Sequence[str] = BLIND,
 ) -> dict[str, Twin]:
-    """Both baselines. start: a fresh adapter on a model of its own; parts: data of `train` and `val` (or None)."""
+    """The baselines. start: a fresh adapter on a model of its own; parts: data of `train` and `val` (or None)."""
     blank, twins = parts["train"].blank(model), {}
-    for kind in BLIND:
+    for kind in kinds:
         say(f"baseline  {kind}")
         handle = start()
         train, val = (None if part is None else part.blind(kind, blank) for part in (parts["train"], parts["val"]))
@@ -57,14 +58,17 @@ def train_twins(
 
 
 def load_twins(
-    folder: Path, start: Callable[[Sequence[str]], nn.Module], sample: Callable[[nn.Module], Any]
+    folder: Path,
+    start: Callable[[Sequence[str]], nn.Module],
+    sample: Callable[[nn.Module], Any],
+    kinds: Sequence[str] = BLIND,
 ) -> dict[str, Twin]:
     """The baselines that `train_twins` left in a folder. start: the task model of these labels, without an adapter.
 
     Raises AdapterError where they are not there: a result is not to be shown without them.
     """
     twins = {}
-    for kind in BLIND:
+    for kind in kinds:
         if not (folder / kind / "adapter.json").is_file():
             raise AdapterError(
                 f"{folder / kind} is missing: an accuracy is shown beside its blind baselines only; evaluate the run's "

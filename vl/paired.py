@@ -8,42 +8,18 @@ V can be given in its place.
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptsuite.errors import UsageError, nearest
+from adaptsuite.errors import UsageError
 from adaptsuite.front_end import FrontEnd
 from adaptsuite.vl.backbones import EncoderPair
 from adaptsuite.vl.context import present, with_context
-
-Tokens = Literal["cls", "patches", "all"]
-Prefix = Literal["plain", "linear", "mapper", "none"]
-
-
-@dataclass(frozen=True)
-class AnswerSettings:
-    """Section `head` of a recipe: what is trained beside the adapters, and which answers there are."""
-
-    prefix: Prefix = "plain"  # plain: V as it is; linear: a projection of each token of V; mapper: VisualMapper
-    mapper_tokens: int = 32
-    mapper_width: int = 256
-    mapper_layers: int = 4
-    loss: Literal["bce", "ce"] = "bce"  # of soft scores, each answer alone; ce: of their shares, one answer is right
-
-    def __post_init__(self) -> None:
-        for name, kinds in (("prefix", get_args(Prefix)), ("loss", ("bce", "ce"))):
-            if getattr(self, name) not in kinds:
-                raise UsageError(
-                    f"head.{name}={getattr(self, name)!r} is unknown; {nearest(getattr(self, name), kinds)}"
-                )
-        for name in ("mapper_tokens", "mapper_width", "mapper_layers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"head.{name}={getattr(self, name)}: a whole number from 1 is expected")
+from adaptsuite.vl.settings import AnswerSettings, Tokens
 
 
 class VisualMapper(nn.Module):
@@ -117,6 +93,7 @@ class PairedModel(nn.Module):
     checkpoints of the text encoder need.
     """
 
+    data_task = "vqa"
     linear_head = None  # the head is an MLP
 
     def __init__(

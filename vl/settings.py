@@ -1,0 +1,64 @@
+"""Sections of a recipe that the tasks of images and text share, and each task's own part of them."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from adaptsuite.errors import UsageError, nearest
+from adaptsuite.front_end import Fit, Interpolation
+
+Tokens = Literal["cls", "patches", "all"]
+Prefix = Literal["plain", "linear", "mapper", "none"]
+
+
+@dataclass(frozen=True)
+class PairFrontEnd:
+    """Section `front_end` of a recipe; None means the backbone's own."""
+
+    size: tuple[int, ...] | int | None = None  # pixels, in whole patches: one number, or height,width
+    fit: Fit = "squash"  # a crop could cut off what is asked for
+    interpolation: Interpolation | None = None
+    tokens: Tokens = "cls"  # of the image encoder's output, what adapters and prefix are given
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, tuple) and len(self.size) != 2:
+            raise UsageError(f"front_end.size={self.size}: one number, or height,width is expected")
+
+
+@dataclass(frozen=True)
+class PrefixSettings:
+    """How V stands before the words; it trains beside the adapters."""
+
+    prefix: Prefix = "plain"  # plain: V as it is; linear: a projection of each token of V; mapper: VisualMapper
+    mapper_tokens: int = 32
+    mapper_width: int = 256
+    mapper_layers: int = 4
+
+    def __post_init__(self) -> None:
+        self._one_of("prefix", get_args(Prefix))
+        self._from_one("mapper_tokens", "mapper_width", "mapper_layers")
+
+    def _one_of(self, name: str, kinds: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in kinds:
+            raise UsageError(f"head.{name}={value!r} is unknown; {nearest(value, kinds)}")
+
+    def _from_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise UsageError(f"head.{name}={getattr(self, name)}: a whole number from 1 is expected")
+
+
+@dataclass(frozen=True)
+class AnswerSettings(PrefixSettings):
+    """Of vqa: also which loss the answers have."""
+
+    loss: Literal["bce", "ce"] = "bce"  # of soft scores, each answer alone; ce: of their shares, one answer is right
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("loss", ("bce", "ce"))
+
+
+@dataclass(frozen=True)
+class HeadSettings(AnswerSettings):
+    """Section `head` of a recipe: the settings of all tasks."""
