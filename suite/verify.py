@@ -281,7 +281,8 @@ def _stochastic(handle: Handle) -> bool:
         ]
     )
     kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-    return any(isinstance(m, kinds) or _rate(m) for m in modules) or handle.adapter.kept is not None
+    found = any(isinstance(m, kinds) or _rate(m) or getattr(m, "stochastic", False) for m in modules)
+    return found or handle.adapter.kept is not None
 
 
 def _rate(module: nn.Module) -> float:
