@@ -84,7 +84,7 @@ def place(
     try:
         bank.called = bank.called or called_modules(model, sample)
         bank.adapters[name] = _build(bank, method, sites, held, head, state or {})
-        method.start(model, bank.adapters[name])
+        method.bind(model, bank.adapters[name])
         if state is not None:
             handle.load_state(state)
         bank.activate([name])

@@ -73,7 +73,7 @@ class Method:
         """The method as `prepare` might leave it, for what looks at no data: as large, with any choice."""
         return self
 
-    def start(self, model: nn.Module, adapter: nn.Module) -> None:  # noqa: B027 (most methods need none)
+    def bind(self, model: nn.Module, adapter: nn.Module) -> None:  # noqa: B027 (most methods need none)
         """Called once the adapter's branches are made, before saved values are put in: starts that the host tells.
 
         adapter: adaptsuite.bank.Adapter.  What a branch reads of the host itself is bound here too.

@@ -52,7 +52,7 @@ class Rpo(Method):
             raise UsageError(f"{self.name}: prompts enter whole blocks, {site.role!r} is none; leave sites at block")
         return ReadOnlyBranch(site, shared)
 
-    def start(self, model: nn.Module, adapter: nn.Module) -> None:
+    def bind(self, model: nn.Module, adapter: nn.Module) -> None:
         """Prompts as what they stand for, by the host's own embeddings."""
         prompts, known = adapter.shared, {part.name: part for part in parts(model)}
         for name, table in prompts.tables.items():
