@@ -132,9 +132,10 @@ def save(
     s: Any,
     history: Sequence[Mapping[str, Any]],
     libraries: Sequence[str],
+    log: str = "log.json",
     **facts: Any,
 ) -> dict:
-    """NAME.safetensors in half precision, the record and the licence in its metadata, and log.json; returns the log.
+    """NAME.safetensors in half precision, the record and the licence in its metadata, and its log; returns the log.
 
     Of settings with a `start`, the log beside those weights is kept as `earlier`.
     """
@@ -150,9 +151,9 @@ def save(
     settings, start = asdict(s), getattr(s, "start", "")
     if start:
         settings["start"] = Path(start).name
-    log = {"settings": settings, **facts, "versions": versions | {"python": platform.python_version()}}
-    log["history"] = list(history)
-    if start and (earlier := Path(start).parent / "log.json").is_file():
-        log["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
-    (out / "log.json").write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
-    return log
+    said = {"settings": settings, **facts, "versions": versions | {"python": platform.python_version()}}
+    said["history"] = list(history)
+    if start and (earlier := Path(start).parent / log).is_file():
+        said["earlier"] = json.loads(earlier.read_text(encoding="utf-8"))
+    (out / log).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    return said

@@ -1,4 +1,4 @@
-"""The small image and text encoders that ship with the package, each pretrained without the other."""
+"""The small image encoder and text models that ship with the package, each pretrained without the other."""
 
 from typing import Any
 
@@ -6,20 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from adaptsuite.backbones import shipped
-from adaptsuite.vl.tokenizer import WordTokenizer
+from adaptsuite.vl.tokenizer import SpellingTokenizer, WordTokenizer
 
 
-class EncoderPair(nn.Module):
-    """An image encoder (timm VisionTransformer) and a text encoder (transformers BertModel) that know nothing of each
-    other: binding words to the image is left to what is put on top of them.
+class Sighted(nn.Module):
+    """An image encoder (timm VisionTransformer) with its normalisation, and the tokenizer of a text model beside it."""
 
-    `tokenizer` belongs to the text encoder, `mean` and `std` to the image encoder.
-    """
-
-    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, tokenizer: WordTokenizer, front_end: dict):
+    def __init__(self, image_encoder: nn.Module, tokenizer: Any, front_end: dict):
         super().__init__()
-        self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        self.tokenizer = tokenizer
+        self.image_encoder, self.tokenizer = image_encoder, tokenizer
         self.adaptsuite_front_end = image_encoder.adaptsuite_front_end = {k: tuple(v) for k, v in front_end.items()}
 
     def normalised(self, image: Tensor) -> Tensor:
@@ -32,6 +27,15 @@ class EncoderPair(nn.Module):
         """(B, 1 + patches, D): CLS, which sums the picture up, then patches by row. image: as `normalised` takes."""
         return self.image_encoder.forward_features(self.normalised(image))
 
+
+class EncoderPair(Sighted):
+    """An image encoder and a text encoder (transformers BertModel) that know nothing of each other: binding words to
+    the image is left to what is put on top of them."""
+
+    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, tokenizer: WordTokenizer, front_end: dict):
+        super().__init__(image_encoder, tokenizer, front_end)
+        self.text_encoder = text_encoder
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T, D) of padded rows, as the tokenizer gives them."""
         return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -40,7 +44,19 @@ class EncoderPair(nn.Module):
         return self.encode_image(image), self.encode_text(input_ids, attention_mask)
 
 
-def embedded(name: str, random_weights: bool = False) -> EncoderPair:
+class DecoderPair(Sighted):
+    """An image encoder and a causal language model (transformers, such as GPT2LMHeadModel) that know nothing of each
+    other. The tokenizer has `begin` and `end`, the numbers between which texts stand."""
+
+    def __init__(self, image_encoder: nn.Module, language_model: nn.Module, tokenizer: Any, front_end: dict):
+        super().__init__(image_encoder, tokenizer, front_end)
+        self.language_model = language_model
+
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode_image(image), self.language_model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def embedded(name: str, random_weights: bool = False) -> EncoderPair | DecoderPair:
     """The pair that ships as `name`, in the precision that its file stores. random_weights: fresh ones instead.
 
     Raises UsageError for another name.
@@ -48,6 +64,13 @@ def embedded(name: str, random_weights: bool = False) -> EncoderPair:
     from safetensors.torch import load
 
     data, record = shipped("vl", name)
+    if "decoder" in record:
+        image = embedded(record["image"]["embedded"], random_weights)
+        model = causal_model(record)
+        if not random_weights:
+            model.half().transformer.load_state_dict(load(data))  # the head is its embedding
+        tokenizer = SpellingTokenizer.of(record["tokenizer"])
+        return DecoderPair(image.image_encoder, model, tokenizer, image.adaptsuite_front_end)
     pair = encoder_pair(record)
     if not random_weights:
         state = load(data)
@@ -65,3 +88,13 @@ def encoder_pair(record: dict[str, Any]) -> EncoderPair:
     image = VisionTransformer(num_classes=0, dynamic_img_size=True, **record["image"])
     config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=tokenizer.max_length, **record["text"])
     return EncoderPair(image, BertModel(config, add_pooling_layer=False), tokenizer, record["front_end"])
+
+
+def causal_model(record: dict[str, Any]) -> nn.Module:
+    """With fresh weights. record: {"decoder": GPT2Config's arguments, "tokenizer": SpellingTokenizer's}."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = SpellingTokenizer.of(record["tokenizer"])
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    numbers = {"bos_token_id": tokenizer.begin, "eos_token_id": tokenizer.end, "pad_token_id": None}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **dropout, **numbers, **record["decoder"]))

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from adaptsuite.errors import UsageError
 from adaptsuite.front_end import FrontEnd
-from adaptsuite.vl.backbones import EncoderPair
+from adaptsuite.vl.backbones import EncoderPair, Sighted
 from adaptsuite.vl.context import present, with_context
-from adaptsuite.vl.settings import AnswerSettings, Tokens
+from adaptsuite.vl.settings import AnswerSettings, PrefixSettings, Tokens
 
 
 class VisualMapper(nn.Module):
@@ -50,10 +50,10 @@ class VisualMapper(nn.Module):
         return self.widen(self.norm(x[:, v.shape[1] :]))
 
 
-class AnswerHead(nn.Module):
-    """d -> 2d -> LayerNorm -> GELU -> K, and what makes a prefix of V; all of it trains beside the adapters."""
+class VisualPrefix(nn.Module):
+    """What makes tokens before the words of V; it trains beside the adapters."""
 
-    def __init__(self, dim_in: int, dim: int, num_answers: int, settings: AnswerSettings):
+    def __init__(self, dim_in: int, dim: int, settings: PrefixSettings):
         super().__init__()
         self.kind = settings.prefix
         if self.kind == "plain" and dim_in != dim:
@@ -65,11 +65,6 @@ class AnswerHead(nn.Module):
         elif self.kind == "mapper":
             size = settings.mapper_tokens, settings.mapper_width, settings.mapper_layers
             self.mapper = VisualMapper(dim_in, dim, *size)
-        self.answer = nn.Sequential(
-            nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_answers)
-        )
-        # each answer starts as likely as one of K: from 1/2 each, the first epochs of bce would only unlearn that
-        nn.init.constant_(self.answer[-1].bias, -math.log(max(num_answers - 1, 1)))
 
     def prefix(self, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, D), and (B, P) where a token is to be read: none of a row without an image."""
@@ -81,36 +76,44 @@ class AnswerHead(nn.Module):
         tokens = self.mapper(v)
         return tokens, real if self.kind == "linear" else real.amax(1, keepdim=True).expand(tokens.shape[:2])
 
+
+class AnswerHead(VisualPrefix):
+    """d -> 2d -> LayerNorm -> GELU -> K, behind a visual prefix; all of it trains beside the adapters."""
+
+    def __init__(self, dim_in: int, dim: int, num_answers: int, settings: AnswerSettings):
+        super().__init__(dim_in, dim, settings)
+        self.answer = nn.Sequential(
+            nn.Linear(dim, 2 * dim), nn.LayerNorm(2 * dim), nn.GELU(), nn.Linear(2 * dim, num_answers)
+        )
+        # each answer starts as likely as one of K: from 1/2 each, the first epochs of bce would only unlearn that
+        nn.init.constant_(self.answer[-1].bias, -math.log(max(num_answers - 1, 1)))
+
     def forward(self, pooled: Tensor) -> Tensor:
         return self.answer(pooled)
 
 
-class PairedModel(nn.Module):
-    """Pictures (B, 3, H, W) or their V (B, N, D), and questions (B, T), -> logits (B, K).
+class PrefixedModel(nn.Module):
+    """A pair of which the text model reads V as tokens before its words.
 
     tokens: what of the image encoder's output is V: its CLS token, its patches, or both.
     image_trains: adapters are on the image encoder as well; otherwise V carries no gradient, which reentrant
-    checkpoints of the text encoder need.
+    checkpoints of the text model need.
     """
 
-    data_task = "vqa"
-    linear_head = None  # the head is an MLP
+    data_task: str  # the value of data.task that it serves
+    linear_head = None  # no head ends in a linear layer alone
 
     def __init__(
         self,
-        pair: EncoderPair,
-        num_answers: int,
-        settings: AnswerSettings | None = None,
+        pair: Sighted,
+        settings: PrefixSettings,
         tokens: Tokens = "cls",
         front_end: FrontEnd | None = None,
         image_trains: bool = False,
     ):
         super().__init__()
-        settings = settings or AnswerSettings()
         self.pair, self.tokens, self.settings, self.image_trains = pair, tokens, settings, image_trains
         self.front_end = front_end or FrontEnd(**pair.adaptsuite_front_end)
-        dim = pair.text_encoder.get_input_embeddings().embedding_dim
-        self.head = AnswerHead(pair.image_encoder.num_features, dim, num_answers, settings)
         room = pair.tokenizer.max_length - self.num_prefix()
         if room < 3:
             raise UsageError(f"a prefix of {self.num_prefix()} tokens leaves no room for words in {room}: take fewer")
@@ -132,6 +135,24 @@ class PairedModel(nn.Module):
         v = {"cls": found[:, :1], "patches": found[:, 1:], "all": found}[self.tokens]
         return v if has_image is None else v * has_image.to(v.dtype)[:, None, None]
 
+    def prefixed(self, v: Tensor, words: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P + T, D) of V and of embedded words (B, T, D), and the mask of both."""
+        prefix, read = self.head.prefix(v)
+        mask = torch.cat([read.to(attention_mask.dtype), attention_mask], 1)
+        return torch.cat([prefix.to(words.dtype), words], 1), mask
+
+
+class PairedModel(PrefixedModel):
+    """Pictures (B, 3, H, W) or their V (B, N, D), and questions (B, T), -> logits (B, K)."""
+
+    data_task = "vqa"
+
+    def __init__(self, pair: EncoderPair, num_answers: int, settings: AnswerSettings | None = None, *more, **options):
+        settings = settings or AnswerSettings()
+        super().__init__(pair, settings, *more, **options)
+        dim = pair.text_encoder.get_input_embeddings().embedding_dim
+        self.head = AnswerHead(pair.image_encoder.num_features, dim, num_answers, settings)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -145,14 +166,12 @@ class PairedModel(nn.Module):
         v = self.see(image, has_image) if features is None else features
         # words alone are embedded here: position, type and norm are added once, inside the text encoder
         words = self.pair.text_encoder.get_input_embeddings()(input_ids)
-        prefix, read = self.head.prefix(v)
-        mask = torch.cat([read.to(attention_mask.dtype), attention_mask], 1)
+        tokens, mask = self.prefixed(v, words, attention_mask)
         context = {"features": v, "token_mask": mask.bool()}
-        tokens = torch.cat([prefix.to(words.dtype), words], 1)
         out = with_context(self, self.pair.text_encoder, inputs_embeds=tokens, attention_mask=mask, context=context)
         real = attention_mask.unsqueeze(-1).to(words.dtype)
         # over words, not CLS: it was pretrained to sum nothing up
-        pooled = (out.last_hidden_state[:, prefix.shape[1] :] * real).sum(1) / real.sum(1)
+        pooled = (out.last_hidden_state[:, -words.shape[1] :] * real).sum(1) / real.sum(1)
         return pooled if embedding else self.head(pooled)
 
 

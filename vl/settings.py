@@ -55,10 +55,22 @@ class AnswerSettings(PrefixSettings):
     loss: Literal["bce", "ce"] = "bce"  # of soft scores, each answer alone; ce: of their shares, one answer is right
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # of HeadSettings the next task's
         self._one_of("loss", ("bce", "ce"))
 
 
 @dataclass(frozen=True)
-class HeadSettings(AnswerSettings):
+class CaptionSettings(PrefixSettings):
+    """Of caption: also how captions are written."""
+
+    beams: int = 5  # 1: greedy
+    words: int = 50  # at most, as the tokenizer counts
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._from_one("beams", "words")
+
+
+@dataclass(frozen=True)
+class HeadSettings(AnswerSettings, CaptionSettings):
     """Section `head` of a recipe: the settings of all tasks."""

@@ -1,7 +1,8 @@
-"""Words to numbers for small text encoders: a fixed vocabulary, and hash buckets for every other word.
+"""Words to numbers for small text models: a fixed vocabulary, and a way for every other word.
 
-No word is lost: two unknown words are told apart unless they share a bucket (feature hashing, Weinberger et al. 2009,
-arXiv:0902.2206, without its signs). The whole tokenizer is a few JSON values that travel with the weights.
+For models that read, other words fall into hash buckets: two are told apart unless they share one (feature hashing,
+Weinberger et al. 2009, arXiv:0902.2206, without its signs). For models that write, they are spelled, so that what was
+written can be read. A whole tokenizer is a few JSON values that travel with the weights.
 """
 
 import re
@@ -23,6 +24,17 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 def words(text: str) -> list[str]:
     """Lower-cased words, with inner apostrophes, and single signs: "It's red?" -> it's, red, ?."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """{"input_ids", "attention_mask"} (B, T) int64 of rows of numbers, zeros behind the shorter ones.
+
+    The mask alone says what is padding: 0 may be a word like any other.
+    """
+    length = max(map(len, rows), default=0)
+    ids = torch.tensor([[*row, *[PAD] * (length - len(row))] for row in rows], dtype=torch.long)
+    mask = torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]
+    return {"input_ids": ids.reshape(len(rows), length), "attention_mask": mask.long()}
 
 
 @dataclass(frozen=True)
@@ -59,10 +71,7 @@ class WordTokenizer:
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """{"input_ids", "attention_mask"}, (B, T) int64 each, padded behind to the longest text."""
-        rows = [self.encode(text) for text in texts]
-        length = max(map(len, rows), default=0)
-        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows]).reshape(len(rows), length)
-        return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+        return padded([self.encode(text) for text in texts])
 
     def decode(self, numbers: Sequence[int]) -> str:
         """Words with blanks between; <n> stands for an unknown word of bucket n, special tokens are left out."""
@@ -76,4 +85,68 @@ class WordTokenizer:
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "WordTokenizer":
+        return cls(**{**record, "known": tuple(record["known"])})
+
+
+@dataclass(frozen=True)
+class SpellingTokenizer:
+    """[CLS] text [SEP] as numbers: special ones, then known words, then the 256 bytes, of which other words are made.
+
+    A spelled word starts with the byte of a blank, as its UTF-8 behind a blank does.
+    """
+
+    known: tuple[str, ...]
+    max_length: int = 128  # tokens, [CLS] and [SEP] among them; what is longer is cut behind
+
+    begin, end = CLS, SEP
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {word: len(SPECIAL) + i for i, word in enumerate(self.known)}
+
+    @property
+    def first_byte(self) -> int:
+        """The number of byte 0."""
+        return len(SPECIAL) + len(self.known)
+
+    def __len__(self) -> int:
+        return self.first_byte + 256
+
+    def numbers(self, text: str) -> list[int]:
+        """Of all words of a text, without [CLS] and [SEP]."""
+        found = []
+        for word in words(text):
+            number = self._index.get(word)
+            found += [self.first_byte + b for b in f" {word}".encode()] if number is None else [number]
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        return [CLS, *self.numbers(text)[: self.max_length - 2], SEP]
+
+    def cut(self, text: str) -> int:
+        """How many tokens of a text are beyond max_length."""
+        return max(0, len(self.numbers(text)) + 2 - self.max_length)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """{"input_ids", "attention_mask"}, (B, T) int64 each, padded behind to the longest text."""
+        return padded([self.encode(text) for text in texts])
+
+    def decode(self, numbers: Sequence[int]) -> str:
+        """The text up to [SEP]; special tokens are left out, bytes that are no UTF-8 become a sign for that."""
+        found = bytearray()
+        for number in map(int, numbers):
+            if number == SEP:
+                break
+            if number >= self.first_byte:
+                found.append(number - self.first_byte)
+            elif number >= len(SPECIAL):
+                found += f" {self.known[number - len(SPECIAL)]}".encode()
+        return found.decode("utf-8", "replace").strip()
+
+    def record(self) -> dict[str, Any]:
+        """JSON values that `SpellingTokenizer.of` takes."""
+        return {**asdict(self), "known": list(self.known)}
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "SpellingTokenizer":
         return cls(**{**record, "known": tuple(record["known"])})
