@@ -12,6 +12,7 @@ _PUBLIC = {
     "Handle": "host",
     "get_handle": "host",
     "load_adapter": "artifact",
+    "compose": "compose",
     "find_sites": "sites",
     "register": "method",
     "resolve": "method",

@@ -32,6 +32,7 @@ from adaptsuite.sites import Site, find_sites
 
 __all__ = [
     "Record", "Source", "base_fingerprint", "fingerprint", "load_adapter", "read_adapter", "save_adapter",
+    "save_record",
 ]  # fmt: skip
 
 SCHEMA = 1
@@ -83,18 +84,42 @@ def save_adapter(handle: Handle, folder: str | Path, **record: Any) -> Path:
     Raises UsageError for a record that JSON cannot hold, while an adapter is merged, and for a folder that holds
     something else; AdapterError for NaN, Inf or absurd values; ResourceError when the disk fails.
     """
+    state = handle.state()
+    params = {n for n, _ in handle.adapter.named_parameters(remove_duplicate=False)}
+    params |= {f"base.{tensor_key(n)}" for n, _ in handle.model.named_parameters(remove_duplicate=False)}
+    buffers = [n for n in state if n not in params]
+    return _write(folder, _describe(handle, record), f"adapter {handle.name!r}", state, buffers)
+
+
+def save_record(record: Record, folder: str | Path) -> Path:
+    """Writes an adapter that was made without its model (adaptsuite.compose), checked as `save_adapter` does."""
+    facts = {
+        "schema": SCHEMA,
+        "method": {"name": record.method.name, "settings": record.settings},
+        "sites": [asdict(s) for s in record.sites],
+        "head": list(record.head),
+        "held": record.held,
+        "base": record.base,
+        "versions": _versions(),
+        **{name: value for name in OPTIONAL if (value := getattr(record, name)) is not None},
+        **record.extra,
+    }
+    buffers = [n for n in record.tensors if n.startswith("moved.")]
+    return _write(folder, json.loads(json.dumps(facts, allow_nan=False)), "adapter", record.tensors, buffers)
+
+
+def _write(
+    folder: str | Path, facts: dict[str, Any], name: str, state: Mapping[str, Tensor], buffers: list[str]
+) -> Path:
+    """facts: all of adapter.json that needs no payload.  name: what errors call the adapter."""
     from safetensors.torch import save_file
 
     folder = Path(folder).resolve() if Path(folder).is_symlink() else Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise UsageError(f"{folder} holds something that is no adapter: give another folder")
-    state = handle.state()
-    params = {n for n, _ in handle.adapter.named_parameters(remove_duplicate=False)}
-    params |= {f"base.{tensor_key(n)}" for n, _ in handle.model.named_parameters(remove_duplicate=False)}
-    buffers = [n for n in state if n not in params]
     tensors, aliases = _unaliased(state)
-    facts = _describe(handle, record) | {"tensors": describe_tensors(tensors), "aliases": aliases, "buffers": buffers}
-    check_values(f"adapter {handle.name!r}", tensors, buffers)
+    facts = facts | {"tensors": describe_tensors(tensors), "aliases": aliases, "buffers": buffers}
+    check_values(name, tensors, buffers)
     if problem := _label_problem(facts.get("labels"), facts["held"], state):
         raise UsageError(f"{folder}: {problem}")
 
@@ -124,6 +149,7 @@ def _describe(handle: Handle, record: dict[str, Any]) -> dict[str, Any]:
         "base": describe_base(handle.model, adapter.head),
         "versions": _versions(),
     }
+    record = method.record(handle) | record
     for name, value in (facts | record).items():
         try:
             facts[name] = json.loads(json.dumps(value, allow_nan=False))

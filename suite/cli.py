@@ -4,11 +4,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
 import adaptsuite
-from adaptsuite.errors import nearest
+from adaptsuite.errors import UsageError, nearest
 
 COMMANDS = ("audio", "vision", "medical", "vl")  # domains that have commands
 
@@ -41,6 +43,42 @@ def demo(
     """Adapt the embedded backbones to generated data: no network, no files of yours, five minutes."""
     for domain in COMMANDS:
         importlib.import_module(f"adaptsuite.{domain}.demo").run(out)
+
+
+@app.command()
+def compose(
+    expression: Annotated[str, typer.Argument(help="Such as '0.7*a + 0.3*b - c' or '(a + b) / 2'.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=DIR, for each name: an adapter's folder or its run's.")],
+    out: Annotated[str, typer.Option(help="Folder of the new adapter.")],
+    rank: Annotated[int | None, typer.Option(help="Cut low-rank adapters to this rank; the error is said.")] = None,
+    elementwise: Annotated[
+        bool, typer.Option("--elementwise", help="Sum the factors apart; for adapters of one start.")
+    ] = False,
+    head: Annotated[str | None, typer.Option(help="NAME of the adapter whose head and labels are kept.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Add, negate, scale and average saved adapters: a new adapter that changes the backbone as their sum does."""
+    from adaptsuite.commands import Console
+    from adaptsuite.compose import compose, summary
+
+    record = compose(expression, _named(adapter), out, rank=rank, elementwise=elementwise, head=head)
+    lines, facts = summary(record)
+    console = Console(as_json)
+    console.say(*lines)
+    console.result(facts)
+
+
+def _named(pairs: Sequence[str]) -> dict[str, Path]:
+    """NAME=DIR texts as a table; of a run's folder its adapter."""
+    from adaptsuite.commands import adapter_folder
+
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, _, folder = pair.partition("=")
+        if not name.isidentifier() or not folder or name in found:
+            raise UsageError(f"--adapter {pair!r} is {'given twice' if name in found else 'not of the form NAME=DIR'}")
+        found[name] = adapter_folder(folder)
+    return found
 
 
 for _domain in COMMANDS:
