@@ -125,9 +125,15 @@ def _fit_timm(model: nn.Module, state: dict, where: str) -> None:
 
 
 def _hf(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModel
+    """options may have `auto`, the class that makes the model: AutoModel has no task head, others do."""
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
+    auto = options.pop("auto", "AutoModel")
+    if not auto.startswith("AutoModel") or not hasattr(transformers, auto):
+        raise UsageError(f"hf:{name}: auto={auto} is none of transformers' AutoModel classes")
+    auto = getattr(transformers, auto)
     logging.disable_progress_bar()
     folder = Path(name)
     if folder.is_absolute() or name.startswith(".") or folder.exists():
@@ -141,8 +147,8 @@ def _hf(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
         if unknown:
             raise UsageError(f"hf:{name}: {type(config).__name__} has no option {', '.join(unknown)}")
         if random_weights:
-            return AutoModel.from_config(config, trust_remote_code=False)
-        return AutoModel.from_pretrained(
+            return auto.from_config(config, trust_remote_code=False)
+        return auto.from_pretrained(
             name, config=config, trust_remote_code=False, use_safetensors=True, dtype="auto"
         )
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from adaptsuite.backbones import load_backbone
+from adaptsuite.backbones import load_backbone, parse_options
 from adaptsuite.errors import UsageError
 from adaptsuite.features import see
 from adaptsuite.sites import example_input
@@ -51,7 +51,7 @@ def own_front_end(backbone: nn.Module) -> FrontEnd:
         (image,), _ = example_input(backbone)
         return FrontEnd(size=tuple(image.shape[-2:]))
     if not getattr(backbone, "pretrained_cfg", None):
-        return FrontEnd()
+        return _hub_front_end(backbone)
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(backbone)
@@ -65,6 +65,33 @@ def own_front_end(backbone: nn.Module) -> FrontEnd:
     )
 
 
+def _hub_front_end(backbone: nn.Module) -> FrontEnd:
+    """Of transformers' models: what their folder's preprocessor_config.json says, where there is one."""
+    size = getattr(getattr(backbone, "config", None), "image_size", None)
+    given: dict[str, Any] = {"size": (size, size) if isinstance(size, int) else tuple(size)} if size else {}
+    said = _preprocessor(getattr(getattr(backbone, "adaptsuite_source", None), "name", ""))
+    given |= {key: tuple(said[f"image_{key}"]) for key in ("mean", "std") if f"image_{key}" in said}
+    if said:
+        given["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear"}.get(said.get("resample"), "bicubic")
+        given["fit"] = "crop" if said.get("do_center_crop") else "squash"
+    return FrontEnd(**given)
+
+
+def _preprocessor(name: str) -> dict[str, Any]:
+    """The values of a hf: or file: backbone's preprocessor_config.json; none of a model that has no such file."""
+    source, _, rest = name.removesuffix(")").partition(" (")[0].partition(":")
+    if source not in ("hf", "file"):
+        return {}
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(parse_options(rest)[0])[0]
+    except OSError:
+        return {}
+    except ValueError as e:
+        raise UsageError(f"{name}: its preprocessor_config.json cannot be read ({_line(e)})") from e
+
+
 class NotForPictures(UsageError):
     """A network that takes no pictures, or gives no tokens to read: volumes, bags, maps."""
 
@@ -75,6 +102,9 @@ def image_tower(model: nn.Module) -> nn.Module:
     Raises NotForPictures for a tower that is no transformer, and for networks that do not read pictures of 3 channels.
     """
     kind, library = type(model).__name__, type(model).__module__.partition(".")[0]
+    for name in ("image_encoder", "vision_model"):  # of a pair, of transformers' two towers
+        if isinstance(getattr(model, name, None), nn.Module):
+            return getattr(model, name)
     if library == "monai":
         embed = getattr(getattr(model, "patch_embedding", None), "patch_embeddings", None)
         if kind != "ViT" or not isinstance(embed, nn.Conv2d) or embed.in_channels != 3:

@@ -6,7 +6,10 @@ import importlib
 _PUBLIC = {
     "load": "classifier",
     "Answerer": "classifier",
+    "load_pair": "named",
+    "Captioner": "classifier",
     "PairedModel": "paired",
+    "CaptionModel": "captioner",
     "VisualMapper": "paired",
     "Conditioned": "context",
     "with_context": "context",

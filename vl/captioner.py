@@ -30,10 +30,8 @@ class CaptionModel(PrefixedModel):
     data_task = "caption"
 
     def __init__(self, pair: DecoderPair, settings: CaptionSettings | None = None, *more, **options):
-        settings = settings or CaptionSettings()
-        super().__init__(pair, settings, *more, **options)
-        dim = pair.language_model.get_input_embeddings().embedding_dim
-        self.head = VisualPrefix(pair.image_encoder.num_features, dim, settings)
+        super().__init__(pair, settings or CaptionSettings(), *more, **options)
+        self.head = VisualPrefix(pair.image_dim, pair.word_dim, self.settings)
 
     def inputs(self, v: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """What the language model reads: words alone are embedded here, positions are added once, inside of it."""

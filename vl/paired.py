@@ -112,7 +112,10 @@ class PrefixedModel(nn.Module):
         image_trains: bool = False,
     ):
         super().__init__()
+        if settings.prefix is None:
+            settings = replace(settings, prefix="plain" if pair.image_dim == pair.word_dim else "linear")
         self.pair, self.tokens, self.settings, self.image_trains = pair, tokens, settings, image_trains
+        self.context_dim = pair.image_dim  # of V: methods that route it project it where their sites are not as wide
         self.front_end = front_end or FrontEnd(**pair.adaptsuite_front_end)
         room = pair.tokenizer.max_length - self.num_prefix()
         if room < 3:
@@ -123,10 +126,9 @@ class PrefixedModel(nn.Module):
         """Tokens before the words."""
         if self.settings.prefix == "mapper":
             return self.settings.mapper_tokens
-        height, width = self.front_end.size
-        size = self.pair.image_encoder.patch_embed.patch_size
-        patches = (height // size[0]) * (width // size[1])
-        return 0 if self.settings.prefix == "none" else {"cls": 1, "patches": patches, "all": 1 + patches}[self.tokens]
+        if self.settings.prefix == "none" or self.tokens == "cls":
+            return int(self.settings.prefix != "none")
+        return self.pair.num_patches(self.front_end.size) + (self.tokens == "all")
 
     def see(self, image: Tensor, has_image: Tensor | None = None) -> Tensor:
         """V (B, N, D) of uint8 pictures or of values in [0, 1]; rows of zeros where has_image (B,) is False."""
@@ -148,10 +150,8 @@ class PairedModel(PrefixedModel):
     data_task = "vqa"
 
     def __init__(self, pair: EncoderPair, num_answers: int, settings: AnswerSettings | None = None, *more, **options):
-        settings = settings or AnswerSettings()
-        super().__init__(pair, settings, *more, **options)
-        dim = pair.text_encoder.get_input_embeddings().embedding_dim
-        self.head = AnswerHead(pair.image_encoder.num_features, dim, num_answers, settings)
+        super().__init__(pair, settings or AnswerSettings(), *more, **options)
+        self.head = AnswerHead(pair.image_dim, pair.word_dim, num_answers, self.settings)
 
     def forward(
         self,
