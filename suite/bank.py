@@ -60,6 +60,7 @@ class Adapter(nn.Module):
         self.kinds: dict[str, str] = {}  # key of a held tensor -> adapter | norm | head
         self.rates: dict[str, float] = {}  # path in the host -> factor of the learning rate of what trains below it
         self.kept: dict[str, Tensor] | None = None  # the base's own values, where it is trained in place
+        self.total_steps: int | None = None  # of the training that runs, or ran last
 
     def hold(self, root: nn.Module, path: str, param: str, kind: str) -> None:
         """Trains a copy of a base parameter; absent parameters (bias=False) are passed over."""

@@ -219,7 +219,8 @@ def train_one(
     seconds = time.perf_counter() - start
     shown = next(part for part in ("test", "val", "train") if len(getattr(fold, part)))
     raw, outputs = outputs, {part: domain.calibrated(own, kept) for part, own in outputs.items()}
-    extra = domain.extra(handle, datasets.part(handle.model, getattr(fold, shown)), outputs.get("test"))
+    data = datasets.part(handle.model, getattr(fold, shown))
+    extra = [*handle.method.sections(handle), *domain.extra(handle, data, outputs.get("test"))]
     return Outcome(
         fold=fold,
         seed=seed,
@@ -684,7 +685,11 @@ def report_adapter(
         metrics=scored.result["metrics"],
         predictions=domain.predictions(subset, scored.labels, scored.outputs),
         warnings=scored.result["warnings"],
-        extra=[*scored.sections, *domain.extra(scored.handle, scored.dataset, scored.outputs)],
+        extra=[
+            *scored.sections,
+            *scored.handle.method.sections(scored.handle),
+            *domain.extra(scored.handle, scored.dataset, scored.outputs),
+        ],
         seeds=recipe.seeds,
         seconds=scored.result["seconds"],
     )

@@ -412,7 +412,14 @@ class Handle:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Strict: the same names and shapes as `state()`, or a ValueError that names the first differences."""
+        """Strict: the same names and shapes as `state()`, or a ValueError that names the first differences.
+
+        Branches that change their shapes take those of the state.
+        """
+        for key, branch in self.adapter.branches.items():
+            if hasattr(branch, "take_shapes"):
+                start = f"branches.{key}."
+                branch.take_shapes({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
         own = self.state()
         unexpected, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
         if unexpected or missing:

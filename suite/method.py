@@ -43,6 +43,7 @@ class Method:
     needs_features: bool = False  # forwards need the features of another modality in their context
     needs_head: bool = False  # without a `head=` the host's own head is trained
     in_place: bool = False  # trains the base tensors themselves; cannot be combined
+    reshapes: bool = False  # `on_step` changes how many tensors train, or their shapes
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -84,7 +85,24 @@ class Method:
         return None
 
     def on_step(self, step: int, optimizer, handle) -> None:
-        """Called after each optimiser step: rank allocation, growth, resampling."""
+        """Called after each optimiser step, gradients still there: rank allocation, growth, resampling.
+
+        step: of the training, from 0; `handle.adapter.total_steps` of them come. What must survive an interruption is
+        part of the handle's state. A branch whose tensors change has `take_shapes(state)`: it makes room for its own
+        part of a saved state.
+        """
+
+    def settled(self, handle) -> bool:
+        """Whether the adapter is what its settings ask for: no earlier epoch of a training is kept."""
+        return True
+
+    def record(self, handle) -> dict[str, Any]:
+        """What an adapter's record says beside settings and tensors, as JSON can hold it."""
+        return {}
+
+    def sections(self, handle) -> list[dict[str, Any]]:
+        """Sections of the report on one adapter (adaptsuite.report.Run.extra)."""
+        return []
 
     def check(self) -> None:
         """Raises UsageError for settings that cannot be; called by `resolve` and by `attach`."""

@@ -160,6 +160,11 @@ class _Run:
         self.steps = self._steps(0)
         self.total = plan.epochs * len(self.steps)
         self.warm = _warmup(plan, self.total)
+        self.reshapes = getattr(self.method, "reshapes", False)
+        if self.reshapes:
+            handle.adapter.total_steps = self.total
+            if plan.ema is not None:
+                raise UsageError(f"ema averages tensors of one shape, {self.method.name} changes them: leave it out")
         self.factor = 1.0  # of the schedule, at the last step
         self.progress = Progress(out, plan, main=self.processes.main)
 
@@ -239,6 +244,7 @@ class _Run:
             self.scaler.step(self.optimizer)
             if self.method is not None:
                 self.method.on_step(self._position(), self.optimizer, self.handle)
+                self._take_up()
             if self.average is not None:
                 self.average.update()
             self.skips = 0
@@ -249,6 +255,16 @@ class _Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return stop
+
+    def _take_up(self) -> None:
+        """Trains the tensors of now, in the handle's order; the optimiser keeps what it remembers of those it had."""
+        if self.reshapes and {*map(id, self.params)} != {*map(id, self.handle.trained().values())}:
+            state, self.optimizer = self.optimizer.state, _optimizer(self.handle, self.plan)
+            self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+            self.optimizer.state.update({p: state[p] for p in self.params if p in state})
+
+    def _settled(self) -> bool:
+        return not self.reshapes or self.method.settled(self.handle)
 
     def _check_reached(self) -> None:
         """At the first step: every trained tensor should have received a gradient."""
@@ -283,7 +299,7 @@ class _Run:
             with self.average.in_place() if self.average is not None else contextlib.nullcontext():
                 scores = self._evaluate()
                 value, best = rank(scores, self.monitor), rank(self._best_scores(), self.monitor)
-                if value is not None and (best is None or value > best):
+                if value is not None and (best is None or value > best) and self._settled():
                     self.best, self.best_epoch = copied(self.handle.state()), self.epoch + 1
         row = {
             "epoch": self.epoch + 1,
@@ -367,7 +383,8 @@ class _Run:
 
     def _out_of_patience(self) -> bool:
         waited = len(self.history) - self.best_epoch
-        return self.val is not None and self.plan.patience is not None and waited >= self.plan.patience
+        patience = self.plan.patience
+        return self.val is not None and patience is not None and waited >= patience and self._settled()
 
     # ---- which samples
 
@@ -426,6 +443,7 @@ class _Run:
                         "go on with the same settings and data, or give another output folder"
                     )
             self.handle.load_state(without_prefix("model.", tensors))
+            self._take_up()
             self.best = without_prefix("best.", tensors)
             restore_optimizer(self.optimizer, without_prefix("optimizer.", tensors), record["optimizer"])
             self.scaler.load_state_dict(record["scaler"])

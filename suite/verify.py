@@ -202,6 +202,8 @@ def _liveness(handle: Handle, run: Runner) -> tuple[list[dict[str, Any]], float]
     rows = []
     for name, p in trained.items():
         state = "alive" if size[name] > ALIVE * largest or name in moving else exempt.get(name, "dead")
+        if not p.numel():
+            state = "exempt: it holds nothing"
         if state == "dead" and name.startswith(("tensors.", "base.")) and not _base_uses(run, handle, name):
             state = "exempt: the model never uses it"
         relative = size[name] / largest if largest else 0.0
@@ -219,7 +221,7 @@ def gradients(trained: dict[str, nn.Parameter], run: Runner) -> dict[str, float]
         loss = run.read_out()
         if loss.requires_grad:
             loss.backward()
-    return {n: 0.0 if p.grad is None else float(p.grad.abs().max()) for n, p in trained.items()}
+    return {n: 0.0 if p.grad is None or not p.numel() else float(p.grad.abs().max()) for n, p in trained.items()}
 
 
 def _alive_in_double(handle: Handle, run: Runner, names: list[str]) -> set[str]:
