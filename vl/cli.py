@@ -1,7 +1,8 @@
-"""`adapt vl`: the common verbs, for questions about pictures; `predict` is vl's own."""
+"""`adapt vl`: the common verbs, for questions about pictures and captions of them; `predict` is vl's own."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +21,7 @@ from adaptsuite.errors import UsageError
 
 app = domain_app(
     "vl",
-    "Answer questions about pictures: adapters through which an image acts in a text model.",
+    "Answer questions about pictures, or describe them: adapters through which an image acts in a text model.",
     ("--image-size", "front_end.size", "Side of the pictures in pixels; by default the backbone's own."),
     exports="torch or onnx.",
     own=("predict", "embed"),
@@ -30,49 +31,71 @@ app = domain_app(
 @app.command()
 def predict(
     adapter: AdapterFolder,
-    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Pictures to ask about.")] = None,
-    question: Annotated[list[str] | None, typer.Option("--question", help="May be given several times.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Pictures.")] = None,
+    question: Annotated[
+        list[str] | None, typer.Option("--question", help="About each picture; may be given several times.")
+    ] = None,
     data: Data = None,
     batch_size: BatchSize = None,
     device: Device = None,
     out: PredictionsOut = None,
     as_json: Json = False,
 ) -> None:
-    """Answer questions about pictures: --question about each IMAGE, or every row of --data."""
-    if (data is None) == (not images and not question):
-        raise UsageError("IMAGE... and --question are missing, or --data: a .jsonl or .csv of {image, question}")
-    if data is None and not question:
-        raise UsageError("--question is missing: what is asked about each picture")
+    """Answer --question about each IMAGE, or write a caption of each; with --data, for every row of a table."""
     from adaptsuite.manifest import write_csv
-    from adaptsuite.vl.classifier import load
+    from adaptsuite.vl.classifier import data_task, load
+
+    folder = adapter_folder(adapter)
+    console, says = Console(as_json), _captions if data_task(folder) == "caption" else _answers
+    found = says(lambda: load(folder, device or "auto", batch_size), data, images or [], question or [])
+    for row in found:
+        best = "  ".join(f"{answer} {score:.3f}" for answer, score in list(row.get("scores", {}).items())[:3])
+        shown = [row["image"] or "-", *(row[name] for name in ("question", "answer", "caption") if name in row)]
+        console.say("\t".join([*shown, best] if best else shown))
+    if out is not None:
+        write_csv(Path(out), [_flat(row) for row in found])
+    console.result({"predictions": found})
+
+
+def _answers(loaded: Callable[[], Any], data: str | None, images: list[str], questions: list[str]) -> list[dict]:
+    """{"image", "question", "answer", "scores"} of each question about each picture."""
     from adaptsuite.vl.data import image_of, load_table, text_of
 
-    console = Console(as_json)
+    if (data is None) == (not images and not questions):
+        raise UsageError("IMAGE... and --question are missing, or --data: a .jsonl or .csv of {image, question}")
+    if data is None and not questions:
+        raise UsageError("--question is missing: what is asked about each picture")
     if data is not None:
         rows = load_table(data, need_answers=False).rows
         asked = [(row.rel if image_of(row) else "", image_of(row), text_of(row)) for row in rows]
     else:
-        asked = [(path, Path(path), text) for path in images for text in question] if images else [
-            ("", None, text) for text in question
-        ]  # fmt: skip
-    answerer = load(adapter_folder(adapter), device or "auto", batch_size)
-    said = answerer.predict([path for _, path, _ in asked], [text for *_, text in asked])
-    found = [
+        asked = [(path, Path(path) if path else None, text) for path in images or [""] for text in questions]
+    said = loaded().predict([path for _, path, _ in asked], [text for *_, text in asked])
+    return [
         {"image": name, "question": text, "answer": next(iter(scores)), "scores": scores}
         for (name, _, text), scores in zip(asked, said, strict=True)
     ]
-    for row in found:
-        best = "  ".join(f"{answer} {score:.3f}" for answer, score in list(row["scores"].items())[:3])
-        console.say(f"{row['image'] or '-'}\t{row['question']}\t{row['answer']}\t{best}")
-    if out is not None:
-        write_csv(
-            Path(out),
-            [
-                {**{k: v for k, v in row.items() if k != "scores"}, "score": row["scores"][row["answer"]]}
-                for row in found
-            ],
-        )
-    console.result({"predictions": found})
+
+
+def _captions(loaded: Callable[[], Any], data: str | None, images: list[str], questions: list[str]) -> list[dict]:
+    """{"image", "caption"} of each picture, or of those of a table, each once."""
+    from adaptsuite.vl.data import captions_by_image, load_table
+
+    if questions:
+        raise UsageError("--question: this adapter writes captions, it answers no questions")
+    if (data is None) == (not images):
+        raise UsageError("IMAGE... is missing, or --data: a .jsonl or .csv of {image, captions}")
+    if data is None:
+        return [{"image": p, "caption": text} for p, text in zip(images, loaded().caption(images), strict=True)]
+    paths, _ = captions_by_image(table := load_table(data, "caption"))
+    names = {row.path: row.rel for row in table.rows}
+    return [{"image": names[p], "caption": text} for p, text in zip(paths, loaded().caption(paths), strict=True)]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A prediction as a line of a CSV."""
+    score = {"score": row["scores"][row["answer"]]} if "scores" in row else {}
+    return {**{k: v for k, v in row.items() if k != "scores"}, **score}
 
 
 def main() -> int:

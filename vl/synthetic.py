@@ -8,6 +8,7 @@ numpy and Pillow draw; equal seeds give equal data.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
@@ -282,22 +283,45 @@ def make_dataset(folder: str | Path, rows: int = 600, level: int = 1, kind: str 
 
     70 % of the rows are train, 10 % val, 20 % test, each about scenes of its own part; a scene is a group.
     """
-    from PIL import Image
-
-    folder, rng = Path(folder), np.random.default_rng([seed, 2])
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    lines, parts = [], split(kind, seed)
-    for part, size in {"train": rows * 7 // 10, "val": rows // 10, "test": rows - rows * 7 // 10 - rows // 10}.items():
-        asked = ask(rng.choice(parts[part], size), level, rng)
-        pictures = render(asked.scene, rng)
-        for picture, scene, text, answer, what in zip(
-            pictures, asked.scene, asked.texts, asked.answers, asked.kinds, strict=True
-        ):
-            name = f"images/{len(lines):06d}.png"
-            Image.fromarray(picture.transpose(1, 2, 0)).save(folder / name)
+    folder, rng, lines = Path(folder), np.random.default_rng([seed, 2]), []
+    for part, scenes in _drawn(rows, kind, seed, rng):
+        asked = ask(scenes, level, rng)
+        names = _pictures(folder, len(lines), scenes, rng)
+        for name, scene, text, answer, what in zip(names, scenes, asked.texts, asked.answers, asked.kinds, strict=True):
             row = {"image": name, "question": text, "answers": [answer], "split": part, "group": f"scene-{scene}"}
             lines.append(json.dumps({**row, "kind": what, "level": level}))
     return write_file(folder / "questions.jsonl", "\n".join(lines) + "\n")
+
+
+def make_captions(folder: str | Path, rows: int = 600, each: int = 5, kind: str = "random", seed: int = 0) -> Path:
+    """Pictures and `captions.jsonl` {image, captions, split, group}, `each` captions a picture; returns that table's
+    path. Parts and groups are those of `make_dataset`."""
+    folder, rng, lines = Path(folder), np.random.default_rng([seed, 4]), []
+    for part, scenes in _drawn(rows, kind, seed, rng):
+        texts = zip(*[captions(scenes, rng) for _ in range(each)], strict=True)
+        names = _pictures(folder, len(lines), scenes, rng)
+        for name, scene, own in zip(names, scenes, texts, strict=True):
+            own = list(dict.fromkeys(own))  # two may have the same order
+            lines.append(json.dumps({"image": name, "captions": own, "split": part, "group": f"scene-{scene}"}))
+    return write_file(folder / "captions.jsonl", "\n".join(lines) + "\n")
+
+
+def _drawn(rows: int, kind: str, seed: int, rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray]]:
+    """Parts and scene numbers of them."""
+    parts = split(kind, seed)
+    for part, size in {"train": rows * 7 // 10, "val": rows // 10, "test": rows - rows * 7 // 10 - rows // 10}.items():
+        yield part, rng.choice(parts[part], size)
+
+
+def _pictures(folder: Path, first: int, scenes: np.ndarray, rng: np.random.Generator) -> list[str]:
+    """Draws images/NUMBER.png of scenes, counted from `first`; their names."""
+    from PIL import Image
+
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    names = [f"images/{first + i:06d}.png" for i in range(len(scenes))]
+    for name, picture in zip(names, render(scenes, rng), strict=True):
+        Image.fromarray(picture.transpose(1, 2, 0)).save(folder / name)
+    return names
 
 
 # further pictures and sentences, for pretraining --------------------------------------------------------------------
