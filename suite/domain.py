@@ -10,12 +10,16 @@ import numpy as np
 from torch import nn
 
 from adaptsuite import metrics
+from adaptsuite.errors import UsageError
 from adaptsuite.evidence import Predictions
 from adaptsuite.host import Handle
 from adaptsuite.manifest import Fold, Manifest, Row, load_manifest
+from adaptsuite.method import Method
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
 from adaptsuite.recipe import DataSettings, Recipe
+
+HEAD = "head"  # where a domain's task model keeps its output layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +112,19 @@ class Domain(ABC):
     def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
         """The recipe with what the backbone decided written out: what an adapter keeps."""
         return recipe
+
+    def placed(
+        self, recipe: Recipe, model: nn.Module, method: Method
+    ) -> tuple[Method, tuple[str, ...], dict[str, float]]:
+        """(method with its sites, paths of modules that train whole, {path: factor of the learning rate}) of a recipe's
+        adapter. Raises UsageError for components that cannot be chosen."""
+        if recipe.components or recipe.component_rates:
+            raise UsageError(f"components are not chosen in domain {self.name}: leave components and component_rates")
+        return method, (HEAD,), {}
+
+    def trains(self, handle: Handle) -> list[str]:
+        """What is said of an adapter's parts before it is trained, line by line."""
+        return []
 
     @abstractmethod
     def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> Any:

@@ -33,7 +33,6 @@ from adaptsuite.trainer import fit, predict_all
 from adaptsuite.verify import verify
 
 PROBE_C = 0.02  # inverse strength of the regularisation of a head's start
-HEAD = "head"  # where a domain's task model keeps its output layer
 
 
 @dataclass
@@ -145,7 +144,10 @@ def adapt(
     model = domain.model(recipe, classes)
     method = decide(resolve(recipe.method, **recipe.method_settings), model)
     torch.manual_seed(recipe.seeds[0])
-    return attach(model, method, sample=domain.sample(model), train_norms=domain.train_norms, head=HEAD)
+    method, head, rates = domain.placed(recipe, model, method)
+    handle = attach(model, method, sample=domain.sample(model), train_norms=domain.train_norms, head=head)
+    handle.adapter.rates |= rates
+    return handle
 
 
 def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[str], Any]:
@@ -833,7 +835,8 @@ def budget_of(domain: Domain, recipe: Recipe):
     model = domain.model(recipe, classes)
     method = resolve(recipe.method, **recipe.method_settings).without_data()
     batch = recipes.build(Plan, recipe.plan, "plan").batch_size
-    return budget(model, method, domain.sample(model, batch), train_norms=domain.train_norms, head=HEAD)
+    method, head, _ = domain.placed(recipe, model, method)
+    return budget(model, method, domain.sample(model, batch), train_norms=domain.train_norms, head=head)
 
 
 def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[str], dict[str, Any]]:
@@ -850,6 +853,7 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
         + ("  (random weights)" if recipe.random_weights else ""),
         f"adapter   {recipe.method}  {c['trained'] / 1e6:.4f} M trainable ({share:.2%}, "
         f"{c['trained_without_head']:,} without the head){where}",
+        *(f"part      {line}" for line in domain.trains(handle)),
         f"input     {domain.describe(handle.model)['input']}",
         f"data      {len(manifest)} rows, {len(manifest.classes)} classes, {len(set(manifest.groups()))} groups",
     ]

@@ -47,6 +47,7 @@ def attach(
     Raises UsageError for settings that cannot be and LookupError for sites that the model does not have.
     """
     method = resolve(method, **settings) if isinstance(method, str) else replace(method, **settings)
+    method = method.fitted(model)
     method.check()
     head = (head,) if isinstance(head, str) else tuple(head)
     if method.needs_head and not head:

@@ -10,9 +10,9 @@ from torch import Tensor
 from adaptsuite import recipe as recipes
 from adaptsuite.backbones import load_backbone
 from adaptsuite.bank import split_key
-from adaptsuite.domain import Domain
+from adaptsuite.domain import HEAD, Domain
 from adaptsuite.errors import DataError
-from adaptsuite.experiment import HEAD, adapt, complete, damaged, skipped_rows
+from adaptsuite.experiment import adapt, complete, damaged, skipped_rows
 from adaptsuite.front_end import NotForPictures
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import Fold, Row, split

@@ -74,6 +74,10 @@ class Method:
         """The method as `prepare` might leave it, for what looks at no data: as large, with any choice."""
         return self
 
+    def fitted(self, model: nn.Module) -> "Method":
+        """The method with what it leaves to the host decided, such as the width of its context; called by `attach`."""
+        return self
+
     def bind(self, model: nn.Module, adapter: nn.Module) -> None:  # noqa: B027 (most methods need none)
         """Called once the adapter's branches are made, before saved values are put in: starts that the host tells.
 

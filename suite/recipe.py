@@ -56,6 +56,8 @@ class Recipe:
     rates: dict = field(default_factory=dict)  # method or "default" -> plan.lr where that is not set, as papers have it
     head: dict = field(default_factory=dict)
     evidence: dict = field(default_factory=dict)  # what a domain's report shall show
+    components: dict = field(default_factory=dict)  # of a model of several: name -> adapt, full or freeze
+    component_rates: dict = field(default_factory=dict)  # name -> factor of the learning rate
     lr_grid: tuple[float, ...] = ()  # values of plan.lr of which validation rows choose one (adaptsuite.rates)
     refit: bool = False  # then train on training and validation rows together, as long as the chosen fit did best
     seeds: tuple[int, ...] = (0,)
@@ -63,7 +65,9 @@ class Recipe:
     paper: str = ""
 
 
-SECTIONS = ("method_settings", "data", "front_end", "augment", "plan", "head", "evidence")
+SECTIONS = (
+    "method_settings", "data", "front_end", "augment", "plan", "head", "evidence", "components", "component_rates",
+)  # fmt: skip
 
 
 # reading ------------------------------------------------------------------------------------------------------------

@@ -11,21 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptsuite.backbones import load_backbone
-from adaptsuite.domain import Domain
-from adaptsuite.errors import UsageError
+from adaptsuite.artifact import read_adapter
+from adaptsuite.domain import HEAD, Domain
+from adaptsuite.errors import AdapterError, UsageError
 from adaptsuite.experiment import adapt
 from adaptsuite.front_end import FrontEnd
 from adaptsuite.host import Handle
 from adaptsuite.images import SUFFIXES, inspect, survey
 from adaptsuite.manifest import Fold, Manifest, Row
 from adaptsuite.memory import Memory
-from adaptsuite.method import method_class
+from adaptsuite.method import Method, method_class
 from adaptsuite.plan import Plan
 from adaptsuite.recipe import Recipe
-from adaptsuite.vl.backbones import EncoderPair
+from adaptsuite.vl.backbones import DecoderPair, EncoderPair, Sighted
 from adaptsuite.vl.blind import BLIND, Twin, load_twins, train_twins
 from adaptsuite.vl.data import image_free
+from adaptsuite.vl.hosts import chosen, describe, factors_of, table
+from adaptsuite.vl.named import load_pair
 from adaptsuite.vl.pairs import Pairs
 from adaptsuite.vl.settings import HeadSettings, PairFrontEnd
 
@@ -43,6 +45,7 @@ class PairedDomain(Domain):
     data_task: str  # the value of data.task
     settings: type  # its part of section `head`
     text_model = "text_encoder"  # the component whose sites are meant where a role names none
+    pair_kind: type[Sighted] = EncoderPair  # what its backbones are
     blind: tuple[str, ...] = BLIND  # its baselines
     backbones = ("embedded:vl-tiny",)
 
@@ -113,11 +116,17 @@ class PairedDomain(Domain):
 
     def pair(self, recipe: Recipe) -> nn.Module:
         """The image encoder and the text model of a recipe."""
-        pair = load_backbone(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0])
-        if not isinstance(pair, EncoderPair):
+        pair = load_pair(
+            recipe.backbone,
+            causal=self.pair_kind is DecoderPair,
+            random_weights=recipe.random_weights,
+            seed=recipe.seeds[0],
+            size=recipe.front_end.get("size"),
+        )
+        if not isinstance(pair, self.pair_kind):
             raise UsageError(
-                f"{recipe.backbone} is {type(pair).__name__}, no pair of an image and a text encoder; there is: "
-                + ", ".join(self.backbones)
+                f"{recipe.backbone} is {type(pair).__name__}, no pair of {self.pair_kind.parts}, as "
+                f"data.task={self.data_task} needs; there is: {', '.join(self.backbones)}"
             )
         return pair
 
@@ -138,7 +147,22 @@ class PairedDomain(Domain):
 
     def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
         own = {k: v for k, v in asdict(model.front_end).items() if k in ("size", "fit", "interpolation")}
-        return replace(recipe, front_end={**recipe.front_end, **own})
+        settings = {"prefix": model.settings.prefix} if hasattr(model.settings, "prefix") else {}
+        return replace(recipe, front_end={**recipe.front_end, **own}, head={**recipe.head, **settings})
+
+    def placed(
+        self, recipe: Recipe, model: nn.Module, method: Method
+    ) -> tuple[Method, tuple[str, ...], dict[str, float]]:
+        """The text model's sites and the head, where `components` does not say otherwise."""
+        head = () if recipe.components.get(HEAD) == "freeze" else (HEAD,)
+        rates = factors_of(model, recipe.component_rates)
+        if not recipe.components:
+            return method, head, rates
+        method, whole = chosen(model, method, {self.text_model: "adapt", **recipe.components})
+        return method, tuple(dict.fromkeys((*head, *whole))), rates
+
+    def trains(self, handle: Handle) -> list[str]:
+        return describe(table(handle))
 
     def sample(self, model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
         """Seeded noise, and questions of five words."""
@@ -176,6 +200,10 @@ class PairedDomain(Domain):
         return ["the blind baselines were not trained anew on validation rows, as the adapter was"] * recipe.refit
 
     def restored(self, handle: Handle, recipe: Recipe, folder: Path) -> None:
+        """Raises AdapterError where words have other numbers now than in training."""
+        then, now = (read_adapter(folder).preprocessing or {}).get("tokenizer"), handle.model.tokenizer.record()
+        if then and then.get("sha256") != now.get("sha256"):
+            raise AdapterError(f"{folder}: trained with another tokenizer than the one of {now['source']} now")
         self.beside_it[handle.model] = folder.resolve().parent / "blind", recipe
 
     def outputs(
@@ -219,9 +247,9 @@ def given_front_end(recipe: Recipe, pair: nn.Module) -> FrontEnd:
     given = {k: v for k, v in recipe.front_end.items() if k in ("size", "fit", "interpolation") and v is not None}
     if isinstance(given.get("size"), int):
         given["size"] = (given["size"], given["size"])
-    front = replace(FrontEnd(**pair.adaptsuite_front_end), **given)
-    patch = pair.image_encoder.patch_embed.patch_size
-    if any(side % step for side, step in zip(front.size, patch, strict=True)):
+    front = replace(FrontEnd(**pair.adaptsuite_front_end), **{"fit": "squash", **given})
+    patch = pair.patch_size
+    if patch and any(side % step for side, step in zip(front.size, patch, strict=True)):
         raise UsageError(f"front_end.size={front.size}: multiples of {patch[0]} x {patch[1]} pixels are needed")
     return front
 
@@ -229,4 +257,9 @@ def given_front_end(recipe: Recipe, pair: nn.Module) -> FrontEnd:
 def trains_image(recipe: Recipe, text_model: str) -> bool:
     """Whether anything in the image encoder is trained."""
     sites = recipe.method_settings.get("sites") or ()
-    return method_class(recipe.method).in_place or any(not site.startswith(f"{text_model}:") for site in sites)
+    elsewhere = any(name not in (text_model, HEAD) and what != "freeze" for name, what in recipe.components.items())
+    return (
+        method_class(recipe.method).in_place
+        or elsewhere
+        or any(not site.startswith(f"{text_model}:") for site in sites)
+    )

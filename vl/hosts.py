@@ -90,32 +90,47 @@ def adapt(
     rates: {part: factor of the learning rate}.  sample, settings: as `adaptsuite.attach` takes them.
     All that trains is in one adapter folder. Raises UsageError for parts that are not there.
     """
-    chosen: dict[Part, Choice] = {}
-    for name, what in choice.items():
-        if what not in ("freeze", "adapt", "full"):
-            raise UsageError(f"part {name!r}: {what!r} is none of freeze, adapt and full")
-        chosen |= dict.fromkeys(find_parts(model, name), what)
-    for part, what in chosen.items():
-        if what == "adapt" and not part.component:
-            raise UsageError(f"part {part.name!r} has no blocks to adapt: take full or freeze")
-        if what == "full" and (part.family == "parameter" or part.root != part.name):
-            raise UsageError(f"part {part.name!r} is no module of its own: take adapt or freeze")
-    factors = {p.root: f for name, factor in (rates or {}).items() for p, f in _rated(model, name, factor)}
+    factors = factors_of(model, rates or {})
     method = resolve(method, **settings) if isinstance(method, str) else replace(method, **settings)
-    adapted = [p.name for p, what in chosen.items() if what == "adapt"]
-    full = [p.root for p, what in chosen.items() if what == "full"]
-    if not adapted:
-        raise UsageError("no part is adapted: name one of " + ", ".join(p.name for p in parts(model) if p.component))
-    sites = tuple(f"{name}:{role}" if name else role for name in adapted for role in method.sites)
-    handle = attach(model, replace(method, sites=sites), sample=sample, head=full)
+    method, full = chosen(model, method, choice)
+    handle = attach(model, method, sample=sample, head=full)
     handle.adapter.rates = factors
     return handle
 
 
-def _rated(model: nn.Module, name: str, factor: float) -> list[tuple[Part, float]]:
-    if not (math.isfinite(factor) and factor > 0):
-        raise UsageError(f"part {name!r}: factor of the learning rate is {factor}, it must be above 0; or freeze it")
-    return [(part, factor) for part in find_parts(model, name)]
+def chosen(model: nn.Module, method: Method, choice: Mapping[str, Choice]) -> tuple[Method, tuple[str, ...]]:
+    """(the method at its roles in the parts to adapt, paths of those to train whole); see `adapt`."""
+    found: dict[Part, Choice] = {}
+    for name, what in choice.items():
+        if what not in ("freeze", "adapt", "full"):
+            raise UsageError(f"part {name!r}: {what!r} is none of freeze, adapt and full")
+        found |= dict.fromkeys(find_parts(model, name), what)
+    for part, what in found.items():
+        if what == "adapt" and not part.component:
+            raise UsageError(f"part {part.name!r} has no blocks to adapt: take full or freeze")
+        if what == "full" and (part.family == "parameter" or part.root != part.name):
+            raise UsageError(f"part {part.name!r} is no module of its own: take adapt or freeze")
+    adapted = [p.name for p, what in found.items() if what == "adapt"]
+    if not adapted:
+        raise UsageError("no part is adapted: name one of " + ", ".join(p.name for p in parts(model) if p.component))
+    if not method.sites:
+        raise UsageError(f"method {method.name!r} has no sites: it cannot be put on {', '.join(adapted)}")
+    roles = dict.fromkeys(site.rpartition(":")[2] for site in method.sites)
+    sites = tuple(f"{name}:{role}" if name else role for name in adapted for role in roles)
+    return replace(method, sites=sites), tuple(p.root for p, what in found.items() if what == "full")
+
+
+def factors_of(model: nn.Module, rates: Mapping[str, float]) -> dict[str, float]:
+    """Path in the model -> factor of the learning rate of what trains below it, of {part: factor}."""
+    found: dict[str, float] = {}
+    for name, factor in rates.items():
+        fine = isinstance(factor, int | float) and math.isfinite(factor) and factor > 0
+        if not fine:
+            raise UsageError(
+                f"part {name!r}: factor of the learning rate is {factor}, it must be above 0; or freeze it"
+            )
+        found |= dict.fromkeys((part.root for part in find_parts(model, name)), float(factor))
+    return found
 
 
 def table(handle: Handle) -> list[dict[str, Any]]:

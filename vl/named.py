@@ -8,7 +8,7 @@ language model; with the tokenizer of its folder.
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from adaptsuite.backbones import SOURCES, load_backbone
 from adaptsuite.errors import UsageError
 from adaptsuite.front_end import load
 from adaptsuite.vl.backbones import DecoderPair, EncoderPair, Sighted
-from adaptsuite.vl.hub import LONGEST, HubTokenizer, hub_tokenizer
+from adaptsuite.vl.hub import LONGEST, HubTokenizer, WritingTokenizer, hub_tokenizer
 
 PAIR = "pair:"
 
@@ -53,6 +53,7 @@ def load_pair(
     encoder, front = load(image, size=size, **options)
     kind = DecoderPair if causal else EncoderPair
     model, tokenizer = (_writer if causal else _reader)(text, options)
+    front = replace(front, fit="squash", ratio=1.0)  # a crop could cut off what is asked for
     return kind(encoder, model, tokenizer, asdict(front)).eval()
 
 
@@ -79,11 +80,11 @@ def _reader(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
 def _writer(name: str, options: dict[str, Any]) -> tuple[nn.Module, Any]:
     """(causal language model, its tokenizer)."""
     model = load_backbone(name, auto="AutoModelForCausalLM", **options)
-    return model, _tokenizer(name, model)
+    return model, _tokenizer(name, model, WritingTokenizer)
 
 
-def _tokenizer(name: str, model: nn.Module) -> HubTokenizer:
-    found, rows = hub_tokenizer(name, _positions(model)), model.get_input_embeddings().num_embeddings
+def _tokenizer(name: str, model: nn.Module, kind: type[HubTokenizer] = HubTokenizer) -> HubTokenizer:
+    found, rows = hub_tokenizer(name, _positions(model), kind), model.get_input_embeddings().num_embeddings
     if len(found) > rows:
         raise UsageError(f"{name}: its tokenizer has {len(found)} tokens and the model embeds {rows}")
     return found

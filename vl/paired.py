@@ -55,7 +55,7 @@ class VisualPrefix(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, settings: PrefixSettings):
         super().__init__()
-        self.kind = settings.prefix
+        self.kind, self.dim = settings.prefix, dim
         if self.kind == "plain" and dim_in != dim:
             raise UsageError(
                 f"head.prefix=plain: the image has {dim_in} features and words have {dim}; take linear, mapper or none"
@@ -70,7 +70,7 @@ class VisualPrefix(nn.Module):
         """(B, P, D), and (B, P) where a token is to be read: none of a row without an image."""
         real = present(v)[..., 0]
         if self.kind == "none":
-            return v[:, :0], real[:, :0]
+            return v.new_zeros(len(v), 0, self.dim), real[:, :0]
         if self.kind == "plain":
             return v, real
         tokens = self.mapper(v)

@@ -7,7 +7,7 @@ h, and no parameter is new. V is what the frozen image encoder gives at last, th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from adaptsuite.bottleneck import Bottleneck, BottleneckBranch
 from adaptsuite.errors import UsageError
 from adaptsuite.lora import Lora
 from adaptsuite.method import Placement, register
-from adaptsuite.sites import FUSED, Site
+from adaptsuite.sites import FUSED, Site, find_sites
 from adaptsuite.vl.context import aligned, present
 
 Routing = Literal["add", "mul", "mul_expand", "xvv", "xvv_relu", "routing_xt", "gate"]
@@ -121,6 +121,14 @@ class Routed:
         if self.routing == "routing_xt" and self.reading != "pooled":
             raise UsageError(f"{self.name}: routing 'routing_xt' takes reading=pooled, not {self.reading!r}")
         self.expect("context_dim", self.context_dim is None or self.context_dim >= 1, "at least 1, or none")
+
+    def fitted(self, model: nn.Module) -> "Routed":
+        """With the width of V, where the model tells it (`context_dim`) and a site reads another."""
+        given = getattr(model, "context_dim", None)
+        if given is None or self.context_dim is not None:
+            return self
+        other = any(self.width(site) != given for site in find_sites(model, self.sites))
+        return replace(self, context_dim=given) if other else self
 
     def shared(self, sites: list[Site]) -> nn.Module | None:
         widths = sorted({self.width(site) for site in sites} - {self.context_dim})

@@ -15,7 +15,7 @@ class PairFrontEnd:
     """Section `front_end` of a recipe; None means the backbone's own."""
 
     size: tuple[int, ...] | int | None = None  # pixels, in whole patches: one number, or height,width
-    fit: Fit = "squash"  # a crop could cut off what is asked for
+    fit: Fit | None = None  # of encoders that are paired here, squash: a crop could cut off what is asked for
     interpolation: Interpolation | None = None
     tokens: Tokens = "cls"  # of the image encoder's output, what adapters and prefix are given
 
@@ -28,13 +28,16 @@ class PairFrontEnd:
 class PrefixSettings:
     """How V stands before the words; it trains beside the adapters."""
 
-    prefix: Prefix = "plain"  # plain: V as it is; linear: a projection of each token of V; mapper: VisualMapper
+    # plain: V as it is; linear: a projection of each token of V; mapper: VisualMapper. None: plain, or linear where V
+    # is not as wide as words
+    prefix: Prefix | None = None
     mapper_tokens: int = 32
     mapper_width: int = 256
     mapper_layers: int = 4
 
     def __post_init__(self) -> None:
-        self._one_of("prefix", get_args(Prefix))
+        if self.prefix is not None:
+            self._one_of("prefix", get_args(Prefix))
         self._from_one("mapper_tokens", "mapper_width", "mapper_layers")
 
     def _one_of(self, name: str, kinds: tuple[str, ...]) -> None:
@@ -72,5 +75,27 @@ class CaptionSettings(PrefixSettings):
 
 
 @dataclass(frozen=True)
-class HeadSettings(AnswerSettings, CaptionSettings):
+class DualSettings:
+    """Of retrieval: what makes embeddings of two encoders that know nothing of each other."""
+
+    width: int = 128  # of the space that both are projected into; aligned towers have one of their own
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UsageError(f"head.width={self.width}: a whole number from 1 is expected")
+
+
+@dataclass(frozen=True)
+class FewShotSettings:
+    """Of few_shot and base_to_new: what class names are said in."""
+
+    template: str = "a photo of a {}."  # several by |: their embeddings are averaged
+
+    def __post_init__(self) -> None:
+        if any(part.count("{}") != 1 for part in self.template.split("|")):
+            raise UsageError(f"head.template={self.template!r}: each part holds {{}} once, where the name goes")
+
+
+@dataclass(frozen=True)
+class HeadSettings(AnswerSettings, CaptionSettings, DualSettings, FewShotSettings):
     """Section `head` of a recipe: the settings of all tasks."""
