@@ -1,6 +1,7 @@
 """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, eq. 3), with the rsLoRA scale (arXiv:2312.03732, eq. 5)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class Lora(Method):
     rslora: bool = False  # scale = alpha / sqrt(rank)
     dropout: float = 0.0  # of the branch's input
     sites: tuple[str, ...] = ("attn.q", "attn.v")
+
+    varying = ("rank", "alpha", "rslora")
 
     def check(self) -> None:
         if self.rank < 1:
@@ -53,7 +56,21 @@ class LoraBranch(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return y + F.linear(F.linear(x, self.down), self.up) * self.scale
+        hidden = F.linear(x, self.down)
+        if hidden.dtype != y.dtype:  # autocast chose another precision for the branch
+            return y + F.linear(hidden, self.up) * self.scale
+        # one pass over y instead of three
+        rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), self.up.T, alpha=self.scale)
+        return rows.view(y.shape)
+
+    def rows(self, own: Mapping[str, Tensor], there: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The same of rows (B, T, D) with pairs of their own, down (B, R, D), up (B, D_out, R), and scales (B,) where
+        those differ; rows that are not `there` (B,) keep y."""
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        hidden, up = torch.bmm(x, own["down"].mT), own["up"]
+        scale = there.to(up.dtype) * own.get("scale", self.scale)
+        up = (up * scale[:, None, None]).mT
+        return y + torch.bmm(hidden, up) if hidden.dtype != y.dtype else torch.baddbmm(y, hidden, up)
 
     def delta(self) -> Tensor:
         if self.dropout and self.training:
