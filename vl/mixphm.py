@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.bottleneck import ACTIVATIONS, Activation, Insert, InsertBranch
+from adaptsuite.compacter import SlowFactors, phm
 from adaptsuite.errors import UsageError
 from adaptsuite.method import Placement, register
 from adaptsuite.sites import Site
@@ -61,9 +62,9 @@ class MixPhm(Insert):
         return (*self.sites, *(f"{name}{colon}block?" for name, colon in components if self.alignment))
 
     def shared(self, sites: list[Site]) -> nn.Module:
-        return Rule(self.n)
+        return SlowFactors(self.n, self.n**-0.5)  # of a size that keeps that of the tokens
 
-    def build(self, site: Site, shared: "Rule") -> nn.Module | None:
+    def build(self, site: Site, shared: SlowFactors) -> nn.Module | None:
         if site.role == "block":
             return Summary() if site.block == site.depth - 1 else None
         branch = super().build(site)
@@ -133,20 +134,6 @@ def alignment(up: Tensor, summary: Tensor, sample: Tensor) -> Tensor:
     return negative - positive
 
 
-def phm(rule: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """sum_i A_i kron (S_i T_i): rule (n, n, n), left (..., n, P, r), right (..., n, r, Q) -> (..., n P, n Q)."""
-    h = torch.einsum("iab,...ipr,...irq->...apbq", rule, left, right)
-    return h.flatten(-2).flatten(-3, -2)
-
-
-class Rule(nn.Module):
-    """A, shared by all sites; of a size that keeps that of the tokens."""
-
-    def __init__(self, n: int):
-        super().__init__()
-        self.rule = nn.Parameter(torch.randn(n, n, n) / n**0.5)
-
-
 class Summary(nn.Module):
     """Leaves tokens as they are, and keeps the mean of each sample's (B, D)."""
 
@@ -169,7 +156,7 @@ class MixPhmBranch(InsertBranch):
     a checkpoint draws it again, and no expert is without a gradient for DDP to wait for."""
 
     stochastic = True  # training differs from evaluation by design
-    shared: Rule
+    shared: SlowFactors
 
     def __init__(self, dim: int, hidden: int, dim_out: int, method: MixPhm):
         super().__init__()
@@ -198,12 +185,12 @@ class MixPhmBranch(InsertBranch):
         self.kept = None
         expert = torch.randint(len(self.up_bias), (1,), device=self.up_bias.device)
         left, right, bias = (p.index_select(0, expert)[0] for p in (self.up_left, self.up_right, self.up_bias))
-        rule = self.shared.rule
-        return phm(rule, self.down_left, self.down_right), phm(rule, left, right), bias
+        slow = self.shared.a
+        return phm(slow, self.down_left, self.down_right), phm(slow, left, right), bias
 
     def mean(self) -> tuple[Tensor, Tensor, Tensor]:
         """The same of all experts' mean; kept as long as no parameter changes, unless it needs a gradient."""
-        params = (self.shared.rule, *self.parameters())
+        params = (self.shared.a, *self.parameters())
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(p.requires_grad for p in params)):
             return self.averaged()
         state = [(p.data_ptr(), p._version, p.dtype) for p in params]
@@ -214,9 +201,9 @@ class MixPhmBranch(InsertBranch):
         return self.kept[1]
 
     def averaged(self) -> tuple[Tensor, Tensor, Tensor]:
-        rule = self.shared.rule
-        up = phm(rule, self.up_left, self.up_right).mean(0)
-        return phm(rule, self.down_left, self.down_right), up, self.up_bias.mean(0)
+        slow = self.shared.a
+        up = phm(slow, self.up_left, self.up_right).mean(0)
+        return phm(slow, self.down_left, self.down_right), up, self.up_bias.mean(0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "kept": None, "seen": None}

@@ -8,10 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptsuite import attach
+from adaptsuite.compacter import phm
 from adaptsuite.errors import UsageError
 from adaptsuite.testing import HOSTS
 from adaptsuite.verify import contract
-from adaptsuite.vl.mixphm import LAMBDA, alignment, phm, redundancy
+from adaptsuite.vl.mixphm import LAMBDA, alignment, redundancy
 
 SMALL = {"n": 2, "rank": 3, "bottleneck": 4}
 
@@ -52,17 +53,9 @@ def drawn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def test_a_hypercomplex_weight_is_the_sum_of_kronecker_products():
-    torch.manual_seed(0)
-    rule, left, right = drawn(3, 3, 3), drawn(3, 4, 2), drawn(3, 2, 5)
-    torch.testing.assert_close(phm(rule, left, right), kronecker_sum(rule, left, right))
-    several = phm(rule, torch.stack([left, -left]), torch.stack([right, right]))
-    torch.testing.assert_close(several, torch.stack([phm(rule, left, right), -phm(rule, left, right)]))
-
-
 def one_expert(branch, x, expert):
     """y + up_e(gelu(down y)), by loops."""
-    rule = branch.shared.rule.detach().double()
+    rule = branch.shared.a.detach().double()
     p = {k: v.detach().double() for k, v in branch.named_parameters()}
     down = kronecker_sum(rule, p["down_left"], p["down_right"])
     up = kronecker_sum(rule, p["up_left"][expert], p["up_right"][expert])
@@ -159,8 +152,8 @@ def test_the_mean_is_made_once_and_costs_a_forward_nothing():
 def test_the_mean_is_that_of_the_weights_and_not_of_their_factors():
     handle, _ = on_bert()
     branch = layers(handle)[0]
-    factors = phm(branch.shared.rule, branch.up_left.mean(0), branch.up_right.mean(0))
-    weights = torch.stack([phm(branch.shared.rule, branch.up_left[e], branch.up_right[e]) for e in range(4)]).mean(0)
+    factors = phm(branch.shared.a, branch.up_left.mean(0), branch.up_right.mean(0))
+    weights = torch.stack([phm(branch.shared.a, branch.up_left[e], branch.up_right[e]) for e in range(4)]).mean(0)
     assert not torch.allclose(factors, weights, atol=1e-2)
     with torch.no_grad():
         torch.testing.assert_close(branch.mean()[1], weights.detach(), rtol=1e-5, atol=1e-6)
