@@ -422,6 +422,7 @@ def _label_problem(labels: Any, held: Mapping[str, str], tensors: Mapping[str, T
     if len(set(labels)) < len(labels):
         return f"labels hold {next(x for x in labels if labels.count(x) > 1)!r} twice"
     heads = [tensors[f"tensors.{k}"] for k, kind in held.items() if kind == "head" and f"tensors.{k}" in tensors]
-    if heads and len(labels) not in {t.shape[0] for t in heads if t.ndim}:
+    # no labels: what is said has no classes, as words have none
+    if labels and heads and len(labels) not in {t.shape[0] for t in heads if t.ndim}:
         return f"{len(labels)} labels for a head with {heads[-1].shape[0]} outputs"
     return None

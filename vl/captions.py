@@ -40,7 +40,7 @@ class Captions(PairedDomain):
     pair_kind = DecoderPair
 
     def table(self, data: DataSettings) -> Manifest:
-        return replace(load_table(data.manifest, "caption"), task=self.data_task, classes=("caption",))
+        return replace(load_table(data.manifest, "caption"), task=self.data_task)
 
     def targets(self, manifest: Manifest, classes: Sequence[str]) -> None:
         """The words are in the rows themselves."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaptsuite.backbones import parse_options
 from adaptsuite.errors import ResourceError, UsageError
+from adaptsuite.vl.tokenizer import padded
 
 LONGEST = 512  # tokens of a text, whatever the model would take
 
@@ -59,7 +60,28 @@ class HubTokenizer:
         return {"source": self.source, "kind": type(self.inner).__name__, "tokens": len(self), "sha256": digest}
 
 
-def hub_tokenizer(name: str, max_length: int = LONGEST) -> HubTokenizer:
+class WritingTokenizer(HubTokenizer):
+    """The same for a model that writes: each text stands between `begin` and `end`, which such tokenizers leave out."""
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        rows = [self._numbers(text)[: self.max_length - 2] for text in texts]
+        return padded([[self.begin, *row, self.end] for row in rows])
+
+    def cut(self, text: str) -> int:
+        return max(0, len(self._numbers(text)) + 2 - self.max_length)
+
+    def decode(self, numbers: Sequence[int]) -> str:
+        """The text up to `end`; a `begin` before it is left out."""
+        found = [int(n) for n in numbers]
+        found = found[1:] if found[:1] == [self.begin] else found
+        found = found[: found.index(self.end)] if self.end in found else found
+        return self.inner.decode(found, skip_special_tokens=True).strip()
+
+    def _numbers(self, text: str) -> list[int]:
+        return self.inner(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def hub_tokenizer(name: str, max_length: int = LONGEST, kind: type[HubTokenizer] = HubTokenizer) -> HubTokenizer:
     """Of a hf: or file: backbone. Raises ResourceError where it has none."""
     from transformers import AutoTokenizer
 
@@ -75,4 +97,4 @@ def hub_tokenizer(name: str, max_length: int = LONGEST) -> HubTokenizer:
     inner.padding_side = inner.truncation_side = "right"
     if inner.pad_token is None:  # masked, so any number will do
         inner.pad_token = inner.eos_token or inner.unk_token
-    return HubTokenizer(inner, name, min(max_length, inner.model_max_length, LONGEST))
+    return kind(inner, name, min(max_length, inner.model_max_length, LONGEST))
