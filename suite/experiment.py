@@ -154,7 +154,7 @@ def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[st
     """(handle, recipe, labels, record) of a saved adapter, its backbone loaded anew. Raises AdapterError."""
     record = read_adapter(folder)
     stored, labels = record.extra.get("recipe"), record.labels
-    if not stored or not labels:
+    if not stored or labels is None:
         raise AdapterError(
             f"{folder}: saved outside the commands, without recipe and labels; take load_adapter in Python"
         )

@@ -8,10 +8,11 @@ from torch import nn
 from adaptsuite.errors import UsageError, nearest
 from adaptsuite.host import Handle
 from adaptsuite.recipe import Recipe
+from adaptsuite.vl.captions import Captions
 from adaptsuite.vl.domain import PairedDomain
 from adaptsuite.vl.vqa import Questions
 
-TASKS: dict[str, PairedDomain] = {task.data_task: task for task in (Questions(),)}
+TASKS: dict[str, PairedDomain] = {task.data_task: task for task in (Questions(), Captions())}
 UNSAID = ("multiclass", "free")  # what data.task is where nobody chose it: questions
 
 
@@ -32,6 +33,8 @@ def _of_task(hook: str) -> Callable[..., Any]:
 
 class VlDomain(PairedDomain):
     """Hands every hook to the task that is meant; what has no task to tell is the same for all."""
+
+    backbones = tuple(name for task in TASKS.values() for name in task.backbones)
 
     # told by data settings or a recipe
     table = _of_task("table")
