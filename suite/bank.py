@@ -35,6 +35,7 @@ class Context:
     features: Tensor | None = None  # another modality's, (B, D) or (B, N, D)
     grids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # component, or block with its own: as embedded
     grid: tuple[int, ...] | None = None  # that a branch with `needs_grid` stands on
+    index: Tensor | None = None  # (B,) place of each row's adapter among the active ones (adaptsuite.per_sample)
     recomputed: bool = False  # the forward runs again during backward (checkpointing): statistics were taken already
 
 
@@ -110,6 +111,7 @@ class Bank(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.active: list[str] = []
+        self.by_row = None  # adaptsuite.per_sample.Wiring, where each row of a batch has its own of the active ones
         self.merged: str | None = None
         self.number = next(_numbers)
         # The context that a forward sets while it is compiled, and what it was before: the graph leaves none behind.
@@ -175,8 +177,13 @@ class Bank(nn.Module):
     @contextlib.contextmanager
     def using(self, **context: Any) -> Iterator[None]:
         """Context for what runs inside the `with`: `token_mask`, `features`."""
+        with self.within(Context(index=self.context.index, **context)):
+            yield
+
+    @contextlib.contextmanager
+    def within(self, context: Context) -> Iterator[None]:
         before, traced = self.context, self.traced
-        self.context = Context(**context)
+        self.context = context
         try:
             yield
         finally:
@@ -187,12 +194,14 @@ class Bank(nn.Module):
 
     # ---- what acts
 
-    def activate(self, names: Sequence[str]) -> None:
-        """Makes exactly these adapters act, in this order; the others are frozen (DDP needs that)."""
+    def activate(self, names: Sequence[str], by_row: bool = False) -> None:
+        """Makes exactly these adapters act, in this order, or each on its own rows; the others are frozen (DDP needs
+        that)."""
         for n in names:
             if n not in self.adapters:
                 raise LookupError(f"no adapter {n!r} on this model; {nearest(n, self.adapters)}")
         self.active = list(names)
+        self.by_row = None
         in_place = [a for n, a in self.adapters.items() if a.kept is not None and n in names]
         trained = {n for a in in_place for n in a.in_place_names}
         for n, p in self.root.named_parameters():
@@ -200,36 +209,33 @@ class Bank(nn.Module):
                 p.requires_grad_(n in trained)
         for n, adapter in self.adapters.items():
             adapter.requires_grad_(n in names)
+        if by_row:
+            from adaptsuite.per_sample import Wiring  # which builds on this file
+
+            self.by_row = Wiring(self, names)
         self.wire()
         self.root.train(self.training)
+
+    def activate_rows(self, names: Sequence[str], rows: Tensor | Sequence[str | None]) -> None:
+        """Makes each of these adapters act on its own rows (adaptsuite.per_sample)."""
+        from adaptsuite.per_sample import refuse, row_index
+
+        index = row_index(names, rows, next(self.root.parameters()).device)
+        if self.by_row is None or self.active != list(names):
+            refuse(self, names)
+            self.activate(names, by_row=True)
+        self.by_row.refresh()
+        self.context = replace(self.context, index=index)
 
     def wire(self) -> None:
         """Places the hooks anew for the active adapters."""
         if "torch._dynamo" in sys.modules:  # a graph compiled before would go on without these hooks, silently
             torch._dynamo.reset()
-        for h in self.hooks:
+        for h in reversed(self.hooks):
             h.remove()
         self.hooks = []
-        ports: dict[tuple[str, bool], Port] = {}
-        shadows: dict[str, Shadow] = {}
         names = [n for n in self.active if n != self.merged]
-        if self.merged in self.active:
-            for site, branch in self.rests(self.merged):
-                self._port_of(ports, site, branch).add(self.merged, site, branch)
-        for name in names:
-            adapter = self.adapters[name]
-            shadowed = set()
-            for key, branch in adapter.branches.items():
-                site = adapter.sites[key]
-                if self.acts_by_call(site, branch):
-                    self._port_of(ports, site, branch).add(name, site, branch)
-                else:
-                    shadowed |= {(site.path, param) for param in weight_params(site, branch)}
-            held = [split_key(k) for k in (*adapter.tensors, *adapter.moved._buffers)]
-            for path, param in (*sorted(shadowed), *held):
-                owner = self.owner(path)
-                changes = self.changes(path, param, names, shadow=True)
-                shadows.setdefault(owner, Shadow()).add(self.root.get_submodule(path), path, param, changes)
+        ports, shadows = self._together(names) if self.by_row is None else (self.by_row.ports, {})
         self._watch_grids(names)
         for path, shadow in shadows.items():
             module = self.root.get_submodule(path)
@@ -249,6 +255,32 @@ class Bank(nn.Module):
                 self.hooks.append(module.register_forward_pre_hook(port.catch, with_kwargs=True))
             module = self.root.get_submodule(path)
             self.hooks.append(module.register_forward_hook(port.after, with_kwargs=True))
+        if self.by_row is not None:
+            self.hooks.append(self.root.register_forward_pre_hook(self.by_row.check_batch, with_kwargs=True))
+            self.hooks += [s.place(self.root.get_submodule(path)) for path, s in self.by_row.shadows.items()]
+
+    def _together(self, names: Sequence[str]) -> tuple[dict[tuple[str, bool], "Port"], dict[str, "Shadow"]]:
+        """Ports and shadows by path where all active adapters act on all rows."""
+        ports: dict[tuple[str, bool], Port] = {}
+        shadows: dict[str, Shadow] = {}
+        if self.merged in self.active:
+            for site, branch in self.rests(self.merged):
+                self._port_of(ports, site, branch).add(self.merged, site, branch)
+        for name in names:
+            adapter = self.adapters[name]
+            shadowed = set()
+            for key, branch in adapter.branches.items():
+                site = adapter.sites[key]
+                if self.acts_by_call(site, branch):
+                    self._port_of(ports, site, branch).add(name, site, branch)
+                else:
+                    shadowed |= {(site.path, param) for param in weight_params(site, branch)}
+            held = [split_key(k) for k in (*adapter.tensors, *adapter.moved._buffers)]
+            for path, param in (*sorted(shadowed), *held):
+                owner = self.owner(path)
+                changes = self.changes(path, param, names, shadow=True)
+                shadows.setdefault(owner, Shadow()).add(self.root.get_submodule(path), path, param, changes)
+        return ports, shadows
 
     def _port_of(self, ports: dict[tuple[str, bool], "Port"], site: Site, branch: nn.Module) -> "Port":
         packed = self.packed(site, branch)
@@ -286,7 +318,7 @@ class Bank(nn.Module):
 
     def _shrinks_before(self, site: Site, name: str | None = None) -> list[Shrink]:
         """What was done to the grid before a site; name: of the adapter that acts there, behind the others."""
-        end = (site.block, self.active.index(name) if name is not None and site.role == "block" else -1)
+        end = (site.block, self.active.index(name) if name in self.active and site.role == "block" else -1)
         found = [item for item in self.shrinks.get(site.component, ()) if item[0] < end]
         return [shrink for _, shrink in sorted(found, key=lambda item: item[0])]
 
@@ -336,7 +368,7 @@ class Bank(nn.Module):
         plain = (
             site.weight in (None, "weight") and site.layout != "conv"
         )  # what the module returns is the weight's work
-        return plain and _has_forward(branch) and self.is_called(site.path)
+        return plain and has_forward(branch) and self.is_called(site.path)
 
     def packed(self, site: Site, branch: nn.Module) -> str | None:
         """Path of the nn.MultiheadAttention that a branch with `inside_attention` has to stand in; None: of none."""
@@ -562,7 +594,7 @@ def effective(module: nn.Module, param: str, changes: list[Change]) -> Tensor:
     value = module._parameters[param] if param in module._parameters else module._buffers[param]
     for holder, change in changes:
         if isinstance(holder, Site):
-            value = _changed(value, holder, change, param)
+            value = changed(value, holder, change, param)
         elif change in holder.tensors:
             value = holder.tensors[change].to(value.dtype)
         else:
@@ -617,7 +649,7 @@ def split_key(key: str) -> tuple[str, str]:
     return path, param
 
 
-def _changed(value: Tensor, site: Site, branch: nn.Module, param: str) -> Tensor:
+def changed(value: Tensor, site: Site, branch: nn.Module, param: str) -> Tensor:
     """A site's weight or bias as a branch makes it, in its own layout and dtype: row_gain * value + delta or row_shift.
 
     delta is (dim_out, dim), the others are (dim_out,), all of them for the site's rows only.
@@ -645,7 +677,7 @@ def _changed(value: Tensor, site: Site, branch: nn.Module, param: str) -> Tensor
 # ---- what modules get and give
 
 
-def _has_forward(branch: nn.Module) -> bool:
+def has_forward(branch: nn.Module) -> bool:
     return "forward" in type(branch).__dict__ or type(branch).forward is not nn.Module.forward
 
 

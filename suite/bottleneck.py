@@ -91,6 +91,8 @@ class Bottleneck(Insert):
     start: Start = "zero"  # of `up`; else of both projections: xavier, or N(0, .01) cut at two deviations (Houlsby)
     dropout: float = 0.0  # of the hidden features
 
+    varying = ("bottleneck", "start")  # activations are 0 at 0
+
     def check(self) -> None:
         super().check()
         self.expect_one_of("activation", get_args(Activation))

@@ -279,24 +279,37 @@ class Handle:
 
     # ---- switching
 
-    def activate(self, *names: str) -> None:
-        """Makes exactly these adapters of the model act, in this order; without a name, this one."""
-        if self.bank.merged:
-            raise UsageError(f"adapter {self.bank.merged!r} is merged; unmerge it first")
-        self.bank.activate(names or (self.name,))
+    def activate(self, *names: str, per_sample: Tensor | Sequence[str | None] | None = None) -> None:
+        """Makes exactly these adapters of the model act, in this order; without a name, this one.
+
+        per_sample: (B,) for each row of the forwards to come in this thread the number of its one adapter among the
+        names, by default all adapters of the model; -1 is the plain backbone. Or a list of names, with None for that.
+        Logits of heads with different numbers of classes come as wide as the widest, -inf behind a row's own. Adapters
+        stay stacked until others are named: a new index costs nothing. A compiled model hears of weights that were
+        changed in place by the next `activate`. Raises UsageError with the reason for methods that cannot be mixed, and
+        (in the forward) for a batch of another size.
+        """
+        bank = self.bank
+        if bank.merged:
+            raise UsageError(f"adapter {bank.merged!r} is merged; unmerge it first")
+        if per_sample is not None:
+            return bank.activate_rows(names or list(bank.adapters), per_sample)
+        bank.activate(names or (self.name,))
+        if bank.context.index is not None:
+            bank.context = replace(bank.context, index=None)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """The plain backbone, inside the `with`."""
         if self.bank.merged:
             raise UsageError(f"adapter {self.bank.merged!r} is merged; unmerge it first")
-        active, restore = self.bank.active, self._swap_in_place()
+        active, by_row, restore = self.bank.active, self.bank.by_row is not None, self._swap_in_place()
         self.bank.activate(())
         try:
             yield
         finally:
             restore()
-            self.bank.activate(active)
+            self.bank.activate(active, by_row)
 
     def _swap_in_place(self):
         """Puts the kept base values back for a while, where the adapter trained in place."""

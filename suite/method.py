@@ -39,6 +39,8 @@ class Method:
     blocks: tuple[int, ...] | None = None  # of each component, from 0; None: all. A field where a method offers it
     identity_at_start: bool = True  # the adapted host equals the backbone before training
     mergeable: bool | str = True  # True, or the reason why not
+    # settings in which adapters may differ that share a batch and a stack, narrower ones being filled up with zeros
+    varying: ClassVar[tuple[str, ...]] = ()
     norms: tuple[str, ...] = ("final",)  # norms trained too where a domain asks for it: final, beside
     needs_features: bool = False  # forwards need the features of another modality in their context
     needs_head: bool = False  # without a `head=` the host's own head is trained

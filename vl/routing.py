@@ -110,6 +110,7 @@ class Routed:
     """
 
     needs_features = True
+    varying = ()  # attended reads the rank
 
     def check(self) -> None:
         super().check()
