@@ -98,6 +98,10 @@ class Domain(ABC):
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """{"method_settings": ..., "plan": ...} of a method in this domain."""
 
+    def defaults_of(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
+        """The same of a recipe, where not the method alone decides."""
+        return self.defaults(recipe.method)
+
     def settle(self, recipe: Recipe, paths: Sequence[Path]) -> Recipe:
         """The recipe with everything decided that the data decides, such as the input's length."""
         return recipe

@@ -30,8 +30,10 @@ class DataSettings:
     """Which table, and how it is parted; see `adaptsuite.manifest.split`."""
 
     manifest: str = ""  # CSV, or a folder
-    # the last three are what is asked of pictures with texts, the first of them where nothing is said
-    task: Literal["multiclass", "multilabel", "segmentation", "free", "vqa", "caption", "retrieval"] = "multiclass"
+    # from vqa on, what is asked of pictures with texts: vqa where nothing is said
+    task: Literal[
+        "multiclass", "multilabel", "segmentation", "free", "vqa", "caption", "retrieval", "few_shot", "base_to_new"
+    ] = "multiclass"
     classes: tuple[str, ...] = ()  # segmentation: of the values 1, 2, ... of masks; none: foreground
     test: str | None = None  # COLUMN=VALUE[,VALUE]
     val: Literal["none"] | str | None = None  # the same, or "none": go without
@@ -49,6 +51,7 @@ class Recipe:
     random_weights: bool = False
     method: str = ""
     method_settings: dict = field(default_factory=dict)
+    last_k: int | None = None  # sites of the last k blocks only; None: of all
     data: DataSettings = DataSettings()
     front_end: dict = field(default_factory=dict)
     augment: dict = field(default_factory=dict)

@@ -8,14 +8,27 @@ import typer
 
 from adaptsuite.commands import (
     AdapterFolder,
+    Backbone,
     BatchSize,
     Console,
     Data,
     Device,
+    DryRun,
+    Epochs,
     Json,
+    Lr,
+    Method,
+    Out,
     PredictionsOut,
+    RandomWeights,
+    RecipeName,
+    Seed,
+    Setting,
+    Test,
+    Val,
     adapter_folder,
     domain_app,
+    predict_files,
 )
 from adaptsuite.errors import UsageError
 
@@ -41,11 +54,14 @@ def predict(
     out: PredictionsOut = None,
     as_json: Json = False,
 ) -> None:
-    """Answer --question about each IMAGE, or write a caption of each; with --data, for every row of a table."""
+    """Answer --question about each IMAGE, write a caption of each or name its class, as the adapter was trained to;
+    with --data, for every row of a table."""
     from adaptsuite.manifest import write_csv
     from adaptsuite.vl.classifier import data_task, load
 
     folder = adapter_folder(adapter)
+    if data_task(folder) in ("few_shot", "base_to_new"):
+        return _classes(Console(as_json), adapter, data, images or [], question or [], batch_size, device, out)
     console, says = Console(as_json), _captions if data_task(folder) == "caption" else _answers
     found = says(lambda: load(folder, device or "auto", batch_size), data, images or [], question or [])
     for row in found:
@@ -92,10 +108,52 @@ def _captions(loaded: Callable[[], Any], data: str | None, images: list[str], qu
     return [{"image": names[p], "caption": text} for p, text in zip(paths, loaded().caption(paths), strict=True)]
 
 
+def _classes(
+    console: Console, adapter: str, data: str | None, images: list[str], questions: list[str], batch_size, device, out
+) -> None:
+    if data is not None or questions or not images:
+        raise UsageError("IMAGE... alone is expected: this adapter names the classes of pictures")
+    from adaptsuite.vl.pipeline import DOMAIN
+
+    predict_files(console, DOMAIN, adapter, images, batch_size, device, out, skip_bad=False)
+
+
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     """A prediction as a line of a CSV."""
     score = {"score": row["scores"][row["answer"]]} if "scores" in row else {}
     return {**{k: v for k, v in row.items() if k != "scores"}, **score}
+
+
+@app.command("few-shot")
+def few_shot(
+    data: Data = None,
+    backbone: Backbone = None,
+    random_weights: RandomWeights = False,
+    method: Method = "vl.rpo",
+    shots: Annotated[int, typer.Option("--shots", help="Training pictures of each class.")] = 16,
+    all_classes: Annotated[bool, typer.Option("--all-classes", help="Train all classes instead of half.")] = False,
+    setting: Setting = None,
+    recipe_name: RecipeName = None,
+    test: Test = None,
+    val: Val = None,
+    seed: Seed = None,
+    epochs: Epochs = None,
+    lr: Lr = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Adapt CLIP to a few pictures of half of the classes, and tell apart the other half by names too.
+
+    Zero-shot, Tip-Adapter and a linear probe of the same shots are shown beside it. What `train` does with
+    data.task=base_to_new (few_shot with --all-classes) and data.shots.
+    """
+    options = {name: value for name, value in locals().items() if name not in ("shots", "all_classes", "setting")}
+    task = "few_shot" if all_classes else "base_to_new"
+    train = next(command.callback for command in app.registered_commands if command.callback.__name__ == "train")
+    train(**options, setting=[f"data.task={task}", f"data.shots={shots}", *(setting or [])])
 
 
 def main() -> int:

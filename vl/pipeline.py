@@ -10,9 +10,13 @@ from adaptsuite.host import Handle
 from adaptsuite.recipe import Recipe
 from adaptsuite.vl.captions import Captions
 from adaptsuite.vl.domain import PairedDomain
+from adaptsuite.vl.few_shot import BaseToNew, FewShot
+from adaptsuite.vl.retrieval import Retrieval
 from adaptsuite.vl.vqa import Questions
 
-TASKS: dict[str, PairedDomain] = {task.data_task: task for task in (Questions(), Captions())}
+TASKS: dict[str, PairedDomain] = {
+    task.data_task: task for task in (Questions(), Captions(), Retrieval(), FewShot(), BaseToNew())
+}
 UNSAID = ("multiclass", "free")  # what data.task is where nobody chose it: questions
 
 
@@ -34,14 +38,16 @@ def _of_task(hook: str) -> Callable[..., Any]:
 class VlDomain(PairedDomain):
     """Hands every hook to the task that is meant; what has no task to tell is the same for all."""
 
-    backbones = tuple(name for task in TASKS.values() for name in task.backbones)
+    backbones = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.backbones))
 
     # told by data settings or a recipe
     table = _of_task("table")
     doubts = _of_task("doubts")
     settle = _of_task("settle")
+    defaults_of = _of_task("defaults_of")
     model = _of_task("model")
     decided = _of_task("decided")
+    placed = _of_task("placed")
     task = _of_task("task")
     beside = _of_task("beside")
     keep = _of_task("keep")

@@ -6,6 +6,7 @@ the Penn Treebank tokenizer of the COCO evaluation, which needs Java; on caption
 clitics the two give the same words.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -281,6 +282,11 @@ def retrieval_scores(
         for k in RECALLS:
             found[f"{name}_r{k}"] = mean_interval((ranks < k).astype(float), of)
     return found
+
+
+def chance_recall(k: int, size: int, own: int = 1) -> float:
+    """Recall at k of a blind order: that one of `own` right ones is among the first k of `size`."""
+    return 1 - math.comb(size - own, k) / math.comb(size, k) if k < size else 1.0
 
 
 def harmonic_mean(base: float, new: float) -> float:

@@ -25,6 +25,7 @@ class TwoTower(nn.Module):
     """Pictures (B, 3, H, W), uint8 or in [0, 1], and texts as `tokenizer` gives them, as vectors of one space."""
 
     aligned = True  # whether the two were trained to be compared
+    image_part: str  # the image tower's name among the components of `model`
 
     def __init__(self, model: nn.Module, tokenizer: Callable[[Sequence[str]], dict[str, Tensor]], front_end: FrontEnd):
         super().__init__()
@@ -60,6 +61,8 @@ def cosines(image: Tensor, text: Tensor) -> Tensor:
 
 class OpenClip(TwoTower):
     """open_clip's CLIP or CustomTextCLIP; prompts are read of its own transformers, timm towers have none."""
+
+    image_part = "visual"
 
     def see(self, image: Tensor) -> Tensor:
         tower, image = self.model.visual, self.normalised(image)
@@ -111,6 +114,8 @@ def _heads(tower: nn.Module) -> int:
 class HfClip(TwoTower):
     """transformers' CLIPModel."""
 
+    image_part = "vision_model"
+
     def see(self, image: Tensor) -> Tensor:
         tower = self.model.vision_model
         out, own = tower(pixel_values=self.normalised(image)), tower.embeddings.num_positions
@@ -129,6 +134,8 @@ class HfClip(TwoTower):
 class HfSiglip(TwoTower):
     """transformers' SiglipModel, which pools by itself."""
 
+    image_part = "vision_model"
+
     def see(self, image: Tensor) -> Tensor:
         return self.model.vision_model(pixel_values=self.normalised(image)).pooler_output.unsqueeze(1)
 
@@ -139,10 +146,10 @@ class HfSiglip(TwoTower):
 class Unaligned(TwoTower):
     """An EncoderPair: CLS of the picture, the mean of the words; of widths of their own, in spaces of their own."""
 
-    aligned = False
+    aligned, image_part = False, "image_encoder"
 
     def __init__(self, pair: EncoderPair):
-        super().__init__(pair, pair.tokenizer, FrontEnd(**{"fit": "squash", **pair.adaptsuite_front_end}))
+        super().__init__(pair, pair.tokenizer, FrontEnd(**{**pair.adaptsuite_front_end, "fit": "squash"}))
 
     def see(self, image: Tensor) -> Tensor:
         return self.model.encode_image(image)[:, :1]  # it normalises by itself
@@ -153,7 +160,7 @@ class Unaligned(TwoTower):
 
     @property
     def widths(self) -> tuple[int, int]:
-        return self.model.image_encoder.num_features, self.model.text_encoder.config.hidden_size
+        return self.model.image_dim, self.model.text_encoder.get_input_embeddings().embedding_dim
 
 
 # by name ------------------------------------------------------------------------------------------------------------
@@ -185,12 +192,17 @@ def load_towers(name: str, *, random_weights: bool = False, seed: int = 0) -> Tw
 class ClipTokens:
     """open_clip's tokenizer as {"input_ids", "attention_mask"}; of a causal tower cut to the longest text."""
 
-    def __init__(self, tokenize: Callable, context_length: int, cut: bool, end: int):
-        self.tokenize, self.max_length, self.cut, self.end = tokenize, context_length, cut, end
+    def __init__(self, tokenize: Callable, context_length: int, trims: bool, end: int):
+        self.tokenize, self.max_length, self.trims, self.end = tokenize, context_length, trims, end
+
+    def cut(self, text: str) -> int:
+        """How many tokens of a text are beyond what the tower reads."""
+        ids = self.tokenize([text], context_length=4 * self.max_length)[0]
+        return max(0, int((ids != 0).sum()) - self.max_length)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         ids = self.tokenize(list(texts), context_length=self.max_length)
-        if not self.cut:
+        if not self.trims:
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         last = (ids == self.end).int().argmax(1)
         length = int(last.max()) + 1
@@ -219,8 +231,8 @@ def open_clip_tokenizer(rest: str, model: nn.Module) -> ClipTokens:
     known = getattr(tokenize, "vocab_size", None)
     if size is not None and known is not None and known > size:
         raise UsageError(f"open_clip:{name}: {size} token embeddings for a tokenizer of {known} tokens")
-    cut = hasattr(tower, "token_embedding") and _causal(tower)
-    return ClipTokens(tokenize, length, cut, end_of_text(tower, size) if cut else -1)
+    trims = hasattr(tower, "token_embedding") and _causal(tower)
+    return ClipTokens(tokenize, length, trims, end_of_text(tower, size) if trims else -1)
 
 
 class HfTokens:
@@ -229,6 +241,10 @@ class HfTokens:
     def __init__(self, tokenizer: Any, model: nn.Module):
         self.tokenizer, self.max_length = tokenizer, model.config.text_config.max_position_embeddings
         self.padding = "longest" if model.config.model_type == "clip" else "max_length"
+
+    def cut(self, text: str) -> int:
+        """How many tokens of a text are beyond what the tower reads."""
+        return max(0, len(self.tokenizer(text).input_ids) - self.max_length)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         options = {"padding": self.padding, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
