@@ -226,6 +226,18 @@ def _rehearse(model: nn.Module, method: Method, sample: Any) -> None:
         raise UsageError(f"method {method.name!r} does not fit this {kind}: {type(e).__name__}: {reason}") from e
 
 
+def _check_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    unexpected, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
+    if unexpected or missing:
+        raise ValueError(f"adapter state: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, expected {tuple(value.shape)}"
+            raise ValueError(f"adapter state: {name} is {shapes}")
+        if name.endswith(".checksum") and not torch.equal(value, state[name].to(value)):
+            raise ValueError(f"adapter state: {name}: its random choices cannot be drawn again from the seed")
+
+
 def _check_reach(bank: "Bank", method: Method, site: Site, branch: nn.Module) -> None:
     if bank.acts_by_call(site, branch):
         return
@@ -428,25 +440,26 @@ class Handle:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Strict: the same names and shapes as `state()`, or a ValueError that names the first differences.
 
-        Branches that change their shapes take those of the state.
+        Branches that change their shapes take those of the state. After an error the adapter is as before.
         """
+        before = self.state()
+        self._take_shapes(state)
+        try:
+            _check_state(self.state(), state)
+        except ValueError:
+            self._take_shapes(before)
+            state = before
+            raise
+        finally:
+            with torch.no_grad():
+                for name, value in self.state().items():
+                    value.copy_(state[name])
+
+    def _take_shapes(self, state: Mapping[str, Tensor]) -> None:
         for key, branch in self.adapter.branches.items():
             if hasattr(branch, "take_shapes"):
                 start = f"branches.{key}."
                 branch.take_shapes({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
-        own = self.state()
-        unexpected, missing = sorted(state.keys() - own.keys()), sorted(own.keys() - state.keys())
-        if unexpected or missing:
-            raise ValueError(f"adapter state: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        with torch.no_grad():
-            for name, value in own.items():
-                if value.shape != state[name].shape:
-                    shapes = f"{tuple(state[name].shape)}, expected {tuple(value.shape)}"
-                    raise ValueError(f"adapter state: {name} is {shapes}")
-                if name.endswith(".checksum") and not torch.equal(value, state[name].to(value)):
-                    raise ValueError(f"adapter state: {name}: its random choices cannot be drawn again from the seed")
-            for name, value in own.items():
-                value.copy_(state[name])
 
     def save(self, folder, **record: Any):
         """Writes the adapter folder (see adaptsuite.artifact.save_adapter) and returns its path."""

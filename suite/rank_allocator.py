@@ -161,12 +161,12 @@ def rank_picture(ranks: Sequence[tuple[Site, int]]) -> str:
 
     from adaptsuite import figures
 
-    rows = list(dict.fromkeys(" ".join(filter(None, (s.component, s.role))) for s, _ in ranks))
-    columns = sorted({-1 if s.block is None else s.block for s, _ in ranks})
+    several = len({s.component for s, _ in ranks}) > 1
+    places = [(f"{s.component} {s.role}" if several else s.role, -1 if s.block is None else s.block) for s, _ in ranks]
+    rows, columns = list(dict.fromkeys(name for name, _ in places)), sorted({block for _, block in places})
     table = np.full((len(rows), len(columns)), np.nan)
-    for site, rank in ranks:
-        row = rows.index(" ".join(filter(None, (site.component, site.role))))
-        column = columns.index(-1 if site.block is None else site.block)
+    for (name, block), (_, rank) in zip(places, ranks, strict=True):
+        row, column = rows.index(name), columns.index(block)
         table[row, column] = np.nansum([table[row, column], rank])
     with figures.canvas(1.8 + 0.42 * len(columns), 0.9 + 0.34 * len(rows)) as figure:
         axis = figure.subplots()

@@ -91,6 +91,48 @@ def steps(handle, count, lr=1e-2, first=0, optimizer=None, after=lambda step: No
     return optimizer
 
 
+class Pictures(torch.utils.data.Dataset):
+    """Separable pictures: the class is a constant added to the noise."""
+
+    def __init__(self, num, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(num) % 5
+        self.pictures = torch.randn(num, 3, 32, 32, generator=generator) + self.labels.view(-1, 1, 1, 1).float()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return {"image": self.pictures[i], "label": self.labels[i]}
+
+
+class Classify:
+    monitor = "accuracy"
+
+    def loss(self, model, batch):
+        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+
+    def predict(self, model, batch):
+        return model(batch["image"])
+
+    def score(self, outputs, targets):
+        return {"accuracy": float((outputs.argmax(1) == targets).mean())}
+
+
+def train(method, out=None, until=None, epochs=5, **settings):
+    torch.manual_seed(0)
+    host = HOSTS["timm_vit"]()
+    handle = attach(host.model, method, head="head", **settings)
+    plan = Plan(epochs=epochs, lr=1e-2, batch_size=8, seed=3)
+    return handle, fit(host.model, Classify(), Pictures(32), Pictures(16, 1), plan, out, handle, until=until)
+
+
+METHODS = {
+    "adalora": {"rank": 2, "start_rank": 4, "interval": 2, "final": 0.4},
+    "increlora": {"rank": 3, "top": 2, "final": 0.4},
+}
+
+
 SCHEDULE = {"total_steps": 20, "warmup": 0.1, "final": 0.3, "interval": 2}
 
 
@@ -223,14 +265,30 @@ def test_sites_of_any_rank_are_saved_loaded_merged_copied_and_verified(tmp_path)
     assert list(ranks.values()) == [4, 4, 0, 0] and list(ranks) == list(handle.adapter.branches)
 
 
-def test_a_state_of_before_takes_its_shapes_back():
-    host, handle = shrunk()
-    fresh = attach(HOSTS["timm_vit"]().model, "adalora", rank=2, start_rank=4, **SCHEDULE)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_of_before_takes_its_shapes_back(method):
+    """As the choice among rates does, and a refit."""
+    handle, _ = train(method, **METHODS[method])
+    fresh = attach(HOSTS["timm_vit"]().model, method, head="head", **METHODS[method])
     handle.load_state(fresh.state())
-    assert [b.rank for b in handle.adapter.branches.values()] == [4] * 4
-    steps(handle, 15)
-    with pytest.raises(ValueError, match="adapter state"):
-        handle.load_state({**fresh.state(), next(iter(fresh.state())): torch.zeros(4, 33)})
+    state, expected = handle.state(), fresh.state()
+    assert state.keys() == expected.keys() and all(torch.equal(state[n], expected[n]) for n in state)
+    plan = Plan(epochs=3, lr=1e-2, batch_size=8)
+    fit(handle.model, Classify(), Pictures(32), None, plan, handle=handle)
+    assert handle.method.settled(handle)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_that_does_not_fit_changes_nothing(method):
+    handle, _ = train(method, **METHODS[method])
+    fresh = attach(HOSTS["timm_vit"]().model, method, head="head", **METHODS[method]).state()
+    before = {n: t.clone() for n, t in handle.state().items()}
+    name = next(n for n in fresh if "down" in n)
+    for wrong in ({**fresh, name: torch.zeros(4, 33)}, {n: t for n, t in fresh.items() if n != name}):
+        with pytest.raises(ValueError, match="adapter state"):
+            handle.load_state(wrong)
+        after = handle.state()
+        assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
 
 
 def test_the_report_shows_which_sites_got_rank():
@@ -242,48 +300,6 @@ def test_the_report_shows_which_sites_got_rank():
 @pytest.mark.parametrize("family", ["timm_eva", "hf_ast", "timm_swin"])
 def test_adalora_keeps_its_promises(family):
     contract(HOSTS[family], "adalora")
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Separable pictures: the class is a constant added to the noise."""
-
-    def __init__(self, num, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.arange(num) % 5
-        self.pictures = torch.randn(num, 3, 32, 32, generator=generator) + self.labels.view(-1, 1, 1, 1).float()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return {"image": self.pictures[i], "label": self.labels[i]}
-
-
-class Classify:
-    monitor = "accuracy"
-
-    def loss(self, model, batch):
-        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
-
-    def predict(self, model, batch):
-        return model(batch["image"])
-
-    def score(self, outputs, targets):
-        return {"accuracy": float((outputs.argmax(1) == targets).mean())}
-
-
-def train(method, out=None, until=None, epochs=5, **settings):
-    torch.manual_seed(0)
-    host = HOSTS["timm_vit"]()
-    handle = attach(host.model, method, head="head", **settings)
-    plan = Plan(epochs=epochs, lr=1e-2, batch_size=8, seed=3)
-    return handle, fit(host.model, Classify(), Pictures(32), Pictures(16, 1), plan, out, handle, until=until)
-
-
-METHODS = {
-    "adalora": {"rank": 2, "start_rank": 4, "interval": 2, "final": 0.4},
-    "increlora": {"rank": 3, "top": 2, "final": 0.4},
-}
 
 
 class Stop(Exception):
