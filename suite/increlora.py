@@ -22,9 +22,9 @@ class IncreLora(RankAllocation):
     """W + alpha / R * sum_k sigma_k up_k down_k of R triples, from one at each site to `rank` on average.
 
     Beside its triples each site has a reserve, whose vectors learn and do not act. At equal intervals the `top` most
-    important sites make theirs a triple, and get a new one; at the last the reserves go. Two departures:
-    the authors' reserve acts with a sigma of 1e-5, and growth by one there shrinks what the site has learnt by
-    R / (R + 1), here sigma makes up for that.
+    important sites make theirs a triple, and get a new one; at the last the reserves go. Two departures: the authors'
+    reserve acts with a sigma of 1e-5, and growth there shrinks what a site has learnt by R / (R + 1), for which sigma
+    makes up here.
     """
 
     orthogonality: float = 0.1
