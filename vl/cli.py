@@ -129,7 +129,7 @@ def few_shot(
     data: Data = None,
     backbone: Backbone = None,
     random_weights: RandomWeights = False,
-    method: Method = "vl.rpo",
+    method: Method = None,
     shots: Annotated[int, typer.Option("--shots", help="Training pictures of each class.")] = 16,
     all_classes: Annotated[bool, typer.Option("--all-classes", help="Train all classes instead of half.")] = False,
     setting: Setting = None,
@@ -147,9 +147,10 @@ def few_shot(
 ) -> None:
     """Adapt CLIP to a few pictures of half of the classes, and tell apart the other half by names too.
 
-    Zero-shot, Tip-Adapter and a linear probe of the same shots are shown beside it. What `train` does with
-    data.task=base_to_new (few_shot with --all-classes) and data.shots.
+    By vl.rpo where no method is named, beside zero-shot, Tip-Adapter and a linear probe of the same shots. What `train`
+    does with data.task=base_to_new (few_shot with --all-classes) and data.shots.
     """
+    method = method or (None if recipe_name else "vl.rpo")
     options = {name: value for name, value in locals().items() if name not in ("shots", "all_classes", "setting")}
     task = "few_shot" if all_classes else "base_to_new"
     train = next(command.callback for command in app.registered_commands if command.callback.__name__ == "train")

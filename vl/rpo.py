@@ -148,6 +148,9 @@ def _end_of_text(tower: nn.Module, part: Part) -> Tensor:
     table = next((m for n, m in tower.named_modules() if n.rpartition(".")[2] == "token_embedding"), None)
     if table is None:
         raise UsageError(f"vl.rpo: {part.name} ({part.family}) is no CLIP-like text tower: it has no token_embedding")
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", "argmax"))
+    if pool not in ("argmax", "eos"):
+        raise UsageError(f"vl.rpo: {part.name} reads its {pool} token, where prompts would stand, not the end of text")
     return table.weight[end_of_text(tower, table.num_embeddings)].detach().reshape(1, -1)
 
 

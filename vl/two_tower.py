@@ -55,7 +55,15 @@ class TwoTower(nn.Module):
 
 
 def cosines(image: Tensor, text: Tensor) -> Tensor:
-    """(B, C): the mean over the K pairs of cosines of image (B, K, E) and text (C, K, E)."""
+    """(B, C): the mean over the K pairs of cosines of image (B, K, E) and text (C, K, E).
+
+    Raises UsageError where one tower has read-only prompts to be read, and the other has none.
+    """
+    if image.shape[1] != text.shape[1]:
+        raise UsageError(
+            f"{image.shape[1]} vectors a picture beside {text.shape[1]} a text: vl.rpo needs the transformers of CLIP "
+            "itself in both towers"
+        )
     return torch.einsum("bke,cke->bc", F.normalize(image, dim=-1), F.normalize(text, dim=-1)) / image.shape[1]
 
 
@@ -86,7 +94,9 @@ class OpenClip(TwoTower):
         rows, length = input_ids.shape
         x = tower.token_embedding(input_ids) + tower.positional_embedding[:length]
         hidden = x.new_zeros(rows, 1, length).masked_fill(attention_mask[:, None] == 0, float("-inf"))
-        mask = (tower.attn_mask[:length, :length] + hidden).repeat_interleave(_heads(tower), 0)
+        mask = (tower.attn_mask[:length, :length] + hidden).repeat_interleave(
+            tower.transformer.resblocks[0].attn.num_heads, 0
+        )
         x = tower.ln_final(tower.transformer(x, attn_mask=mask))
         # the last real token is the end of text, whichever number it has
         last = attention_mask.sum(1) - 1
@@ -104,11 +114,6 @@ def _causal(tower: nn.Module) -> bool:
     """Whether it is CLIP's own text transformer, read at the end of the text, where padding behind says nothing."""
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     return pool in ("argmax", "eos") and tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None
-
-
-def _heads(tower: nn.Module) -> int:
-    attention = tower.transformer.resblocks[0].attn
-    return attention.num_heads
 
 
 class HfClip(TwoTower):

@@ -16,9 +16,10 @@ OPEN_CLIP = {
 }
 
 
-def open_clip(folder, **text):
+def open_clip(folder, custom=False, **text):
     path = folder / "tiny.json"
-    path.write_text(json.dumps({**OPEN_CLIP, "text_cfg": {**OPEN_CLIP["text_cfg"], **text}}))
+    config = {**OPEN_CLIP, "custom_text": custom, "text_cfg": {**OPEN_CLIP["text_cfg"], **text}}
+    path.write_text(json.dumps(config))
     return f"open_clip:{path}"
 
 
@@ -47,11 +48,12 @@ def hf(folder, kind):
     return f"hf:{folder}"
 
 
-def test_open_clip_towers_say_what_the_model_says(tmp_path):
+@pytest.mark.parametrize("custom", [False, True])
+def test_open_clip_towers_say_what_the_model_says(tmp_path, custom):
     """Texts are cut to the longest, which a causal tower does not see; pictures are as its own transform gives them."""
     from open_clip.transform import PreprocessCfg
 
-    name = open_clip(tmp_path)
+    name = open_clip(tmp_path, custom)
     towers, model = load_towers(name, random_weights=True), load_backbone(name, random_weights=True)
     image, text = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), towers.tokenizer(TEXTS)
     assert isinstance(towers, OpenClip) and text["input_ids"].shape[1] < 24
@@ -64,7 +66,7 @@ def test_open_clip_towers_say_what_the_model_says(tmp_path):
         expected = F.normalize(seen, dim=-1) @ F.normalize(read, dim=-1).T
         torch.testing.assert_close(cosines(towers.see(image), towers.read(**text)), expected)
         torch.testing.assert_close(towers.see(image / 255), towers.see(image))
-    assert float(towers.scale) == pytest.approx(1 / 0.07, rel=1e-4)
+    assert towers.scale.item() == pytest.approx(1 / 0.07, rel=1e-4)
 
 
 def test_open_clip_without_a_causal_mask_reads_the_whole_length(tmp_path):
@@ -105,6 +107,28 @@ def test_the_embedded_pair_is_not_aligned():
     assert isinstance(towers, Unaligned) and not towers.aligned
     assert (seen.shape[2], read.shape[2]) == towers.widths
     torch.testing.assert_close(read[:1], alone, rtol=1e-4, atol=1e-4)  # padding is not averaged
+
+
+def test_prompts_are_read_of_custom_text_towers_and_refused_where_none_can_be(tmp_path):
+    from adaptsuite.host import attach
+    from adaptsuite.vl.few_shot import FewShotModel
+
+    for options, said in (({}, ""), ({"no_causal_mask": True, "pool_type": "last"}, "reads its last token")):
+        towers = load_towers(open_clip(tmp_path, custom=True, **options), random_weights=True)
+        model = FewShotModel(towers, ["cat", "dog"], 2, "a {}", "few_shot")
+        if said:
+            with pytest.raises(UsageError, match=said):
+                attach(model, "vl.rpo", sample=(torch.rand(1, 3, 32, 32),))
+            continue
+        attach(model, "vl.rpo", sample=(torch.rand(1, 3, 32, 32),), tokens=3)
+        with torch.no_grad():
+            assert towers.see(torch.rand(1, 3, 32, 32)).shape == (1, 3, 16)
+            assert towers.read(**towers.tokenizer(TEXTS)).shape == (2, 3, 16)
+
+
+def test_towers_with_other_numbers_of_vectors_are_not_compared():
+    with pytest.raises(UsageError, match="3 vectors a picture beside 1 a text"):
+        cosines(torch.rand(2, 3, 4), torch.rand(2, 1, 4))
 
 
 def test_cut_counts_what_does_not_fit(tmp_path):
