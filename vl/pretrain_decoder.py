@@ -1,6 +1,6 @@
 """Pretrains the language model of `embedded:vl-tiny-decoder` on generated sentences alone: it never sees a picture.
 
-python -m adaptsuite.vl.pretrain_decoder --minutes 6 --seed 0 --out vl/weights
+python -m adaptsuite.vl.pretrain_decoder --minutes 4 --seed 0 --out vl/weights
 
 Next-token prediction (Radford et al. 2019) of captions and questions of scenes and of loose sentences. It learns how a
 caption is put together, so that an adapter has to add one thing only: which of all scenes this picture shows.
@@ -32,7 +32,7 @@ LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
 class Settings:
     """What a run can change."""
 
-    minutes: float = 6.0  # of the process's own processor time
+    minutes: float = 4.0  # of the process's own processor time
     seed: int = 0
     lr: float = 2e-3
     weight_decay: float = 0.05
