@@ -28,7 +28,7 @@ from adaptsuite.host import Handle, held_tensors, place, weight_site
 from adaptsuite.identity import Source, base_fingerprint, describe_base, describe_tensors, fingerprint, json_hash
 from adaptsuite.method import Method, method_class, resolve
 from adaptsuite.reading import check_values, open_regular, read_json, read_tensors
-from adaptsuite.sites import Site, find_sites
+from adaptsuite.sites import HEADS, Site, find_sites
 
 __all__ = [
     "Record", "Source", "base_fingerprint", "fingerprint", "load_adapter", "read_adapter", "save_adapter",
@@ -120,7 +120,7 @@ def _write(
     tensors, aliases = _unaliased(state)
     facts = facts | {"tensors": describe_tensors(tensors), "aliases": aliases, "buffers": buffers}
     check_values(name, tensors, buffers)
-    if problem := _label_problem(facts.get("labels"), facts["held"], state):
+    if problem := _label_problem(facts, facts["held"], state):
         raise UsageError(f"{folder}: {problem}")
 
     def write(temp: Path) -> None:
@@ -213,7 +213,7 @@ def read_adapter(folder: str | Path) -> Record:
     head = _typed(path, facts, "head", list)
     versions = _typed(path, facts, "versions", dict)
     tensors = _payload(path, payload, facts)
-    if problem := _label_problem(facts.get("labels"), held, tensors):
+    if problem := _label_problem(facts, held, tensors):
         raise AdapterError(f"{path}: {problem}; save the adapter again with the labels of its head")
     if facts.get("temperature") is not None and not _positive(facts["temperature"]):
         raise AdapterError(f"{path}: temperature is {facts['temperature']!r}, expected a number above 0; save it again")
@@ -413,16 +413,26 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _label_problem(labels: Any, held: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str | None:
-    """Why these cannot be the labels of the stored head, or None."""
+def _label_problem(facts: Mapping[str, Any], held: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str | None:
+    """Why an adapter's labels cannot be those of the stored head, or None."""
+    labels = facts.get("labels")
     if labels is None:
         return None
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         return "labels must be a list of strings, in the order of the head's outputs"
     if len(set(labels)) < len(labels):
         return f"labels hold {next(x for x in labels if labels.count(x) > 1)!r} twice"
-    heads = [tensors[f"tensors.{k}"] for k, kind in held.items() if kind == "head" and f"tensors.{k}" in tensors]
+    inner = tuple(f"{path.replace('.', '/')}/" for path in facts.get("head", ()) if _between_towers(facts, path))
+    names = [k for k, kind in held.items() if kind == "head" and not k.startswith(inner)]
+    heads = [tensors[f"tensors.{k}"] for k in names if f"tensors.{k}" in tensors]
     # no labels: what is said has no classes, as words have none
     if labels and heads and len(labels) not in {t.shape[0] for t in heads if t.ndim}:
         return f"{len(labels)} labels for a head with {heads[-1].shape[0]} outputs"
     return None
+
+
+def _between_towers(facts: Mapping[str, Any], path: str) -> bool:
+    """Whether a module that trains whole is a part of a model of several, such as a projector: it says no labels."""
+    sites = facts["method"]["settings"].get("sites") or ()
+    name = path.rpartition(".")[2]
+    return any(":" in site for site in sites) and (name not in HEADS or name == "lm_head")

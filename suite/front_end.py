@@ -67,7 +67,8 @@ def own_front_end(backbone: nn.Module) -> FrontEnd:
 
 def _hub_front_end(backbone: nn.Module) -> FrontEnd:
     """Of transformers' models: what their folder's preprocessor_config.json says, where there is one."""
-    size = getattr(getattr(backbone, "config", None), "image_size", None)
+    config = getattr(backbone, "config", None)
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
     given: dict[str, Any] = {"size": (size, size) if isinstance(size, int) else tuple(size)} if size else {}
     said = _preprocessor(getattr(getattr(backbone, "adaptsuite_source", None), "name", ""))
     given |= {key: tuple(said[f"image_{key}"]) for key in ("mean", "std") if f"image_{key}" in said}

@@ -64,13 +64,13 @@ def _between(model: nn.Module, path: str, taken: list[str]) -> list[Part]:
 
 
 def find_parts(model: nn.Module, name: str) -> list[Part]:
-    """The parts that a name stands for: a path, a path above, or one of its words. Raises UsageError for others."""
+    """The parts that a name stands for: a path, a path above, or whole words of it. Raises UsageError for others."""
     known = parts(model)
     try:
         prefixes = component_prefixes(model, name)
     except LookupError:
         prefixes = []
-    found = [p for p in known if p.name in prefixes or p.name == name or name in p.name.split(".")]
+    found = [p for p in known if p.name in prefixes or f".{name}." in f".{p.name}."]
     if not found:
         raise UsageError(f"part {name!r} is not in the model; {nearest(name, [p.name for p in known if p.name])}")
     return found

@@ -13,18 +13,24 @@ from adaptsuite.vl.domain import PairedDomain
 from adaptsuite.vl.few_shot import BaseToNew, FewShot
 from adaptsuite.vl.retrieval import Retrieval
 from adaptsuite.vl.vqa import Questions
+from adaptsuite.vl.whole import is_whole
+from adaptsuite.vl.whole_vqa import WholeQuestions
 
 TASKS: dict[str, PairedDomain] = {
     task.data_task: task for task in (Questions(), Captions(), Retrieval(), FewShot(), BaseToNew())
 }
+WHOLE = WholeQuestions()  # vqa of models that were made to write about pictures
 UNSAID = ("multiclass", "free")  # what data.task is where nobody chose it: questions
 
 
 def task_of(thing: Any) -> PairedDomain:
     """The task of data settings, of a recipe, of a table, of a task model or of an adapter on one."""
-    thing = thing.model if isinstance(thing, Handle) else thing.data if isinstance(thing, Recipe) else thing
-    name = thing.data_task if isinstance(thing, nn.Module) else thing.task
+    thing = thing.model if isinstance(thing, Handle) else thing
+    data = thing.data if isinstance(thing, Recipe) else thing
+    name = data.data_task if isinstance(data, nn.Module) else data.task
     name = "vqa" if name in UNSAID else name
+    if name == "vqa" and (is_whole(thing.backbone) if isinstance(thing, Recipe) else getattr(thing, "whole", False)):
+        return WHOLE
     if name not in TASKS:
         raise UsageError(f"data.task={name} is no task of images and text; {nearest(name, TASKS)}")
     return TASKS[name]

@@ -56,6 +56,8 @@ class AnswerSettings(PrefixSettings):
     """Of vqa: also which loss the answers have."""
 
     loss: Literal["bce", "ce"] = "bce"  # of soft scores, each answer alone; ce: of their shares, one answer is right
+    # of models that write about pictures, which have no head of answers: where picture and question stand
+    prompt: str = "<image>\nQuestion: {} Answer:"
 
     def __post_init__(self) -> None:
         super().__post_init__()  # of HeadSettings the next task's

@@ -41,6 +41,25 @@ def text_model(kind):
     return t.GPT2LMHeadModel(t.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=20, n_positions=40, **ends))
 
 
+def whole_model(kind):
+    import transformers as t
+
+    if kind == "llava":
+        text, vision = t.LlamaConfig(**SHAPE, num_key_value_heads=2, vocab_size=20), t.CLIPVisionConfig(**VISION)
+        config = t.LlavaConfig(vision_config=vision, text_config=text, image_token_index=19, vision_feature_layer=-1)
+        return t.LlavaForConditionalGeneration(config)
+    text = t.OPTConfig(
+        hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32, vocab_size=20,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    config = t.Blip2Config(
+        vision_config=t.Blip2VisionConfig(**VISION).to_dict(),
+        qformer_config=t.Blip2QFormerConfig(**SHAPE, encoder_hidden_size=32, vocab_size=20).to_dict(),
+        text_config=text.to_dict(), num_query_tokens=4, image_token_index=19,
+    )  # fmt: skip
+    return t.Blip2ForConditionalGeneration(config)
+
+
 def image_model(kind):
     import transformers as t
 
@@ -69,7 +88,11 @@ def folder(tmp_path_factory):
             said = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 2, "do_center_crop": True}
             (path / "preprocessor_config.json").write_text(json.dumps(said))
         else:
-            text_model(kind).save_pretrained(path)
+            model = whole_model(kind) if kind in ("llava", "blip2") else text_model(kind)
+            with torch.no_grad():
+                for p in model.parameters():  # queries of a fresh BLIP-2 are zero
+                    p.add_(torch.randn_like(p), alpha=0.02 if p.ndim < 2 else 0.1)
+            model.save_pretrained(path)
             tokenizer_folder(path)
         return path
 
