@@ -19,7 +19,7 @@ START = 1e-5  # sigma of a triple that begins to act
 @register("increlora")
 @dataclass(frozen=True)
 class IncreLora(RankAllocation):
-    """W + alpha / R * sum_k sigma_k up_k down_k of R triples, from one at each site to `rank` on average.
+    """W + alpha / R * sum_k sigma_k up_k down_k of R triples, from `start_rank` at each site to `rank` on average.
 
     Beside its triples each site has a reserve, whose vectors learn and do not act. At equal intervals the `top` most
     important sites make theirs a triple, and get a new one; at the last the reserves go. Two departures: the authors'
@@ -27,26 +27,28 @@ class IncreLora(RankAllocation):
     makes up here.
     """
 
+    start_rank: int = 1
     orthogonality: float = 0.1
     top: int = 8  # sites that grow at once
 
     def check(self) -> None:
         super().check()
+        self.expect("start_rank", 1 <= self.start_rank <= self.rank, f"from 1 to the rank of the end, {self.rank}")
         self.expect("top", self.top >= 1, "at least 1")
 
     def build(self, site: Site) -> nn.Module:
         self.expect_room(site, "rank")
-        return IncreLoraBranch(site.dim, site.dim_out, self.alpha, growing=self.rank > 1)
+        return IncreLoraBranch(site.dim, site.dim_out, self.start_rank, self.alpha, self.rank > self.start_rank)
 
     def budget(self, step: int, handle) -> int:
         """Triples of all sites together after a step: `top` more at equal intervals."""
-        (first, last), sites = self.span(handle), len(handle.adapter.branches)
-        rounds = -(-(self.goal(handle) - sites) // self.top)
+        (first, last), start = self.span(handle), self.start_rank * len(handle.adapter.branches)
+        rounds = -(-(self.goal(handle) - start) // self.top)
         if rounds > last - first:
             have = f"{rounds} rounds of growth do not fit into {last - first} steps"
             raise UsageError(f"increlora: {have}: raise top ({self.top}), or train longer")
         past = min(max(step - first, 0), last - first) * rounds // (last - first)
-        return min(sites + past * self.top, self.goal(handle))
+        return min(start + past * self.top, self.goal(handle))
 
     def on_step(self, step: int, optimizer, handle) -> None:
         if self.settled(handle):
@@ -77,12 +79,12 @@ class IncreLoraBranch(Triples):
     """Triples as lists of down (1, D), up (D_out, 1) and sigma (1,), drawn as in AdaLoRA; while it grows, the last
     down and up are the reserve and have no sigma."""
 
-    def __init__(self, dim: int, dim_out: int, alpha: float, growing: bool = True):
+    def __init__(self, dim: int, dim_out: int, rank: int, alpha: float, growing: bool):
         super().__init__()
         self.alpha, self.full = alpha, min(dim, dim_out)
-        self.down = nn.ParameterList([torch.randn(1, dim) * 0.02 for _ in range(1 + growing)])
-        self.up = nn.ParameterList([torch.randn(dim_out, 1) * 0.02 for _ in range(1 + growing)])
-        self.sigma = nn.ParameterList([torch.zeros(1)])
+        self.down = nn.ParameterList([torch.randn(1, dim) * 0.02 for _ in range(rank + growing)])
+        self.up = nn.ParameterList([torch.randn(dim_out, 1) * 0.02 for _ in range(rank + growing)])
+        self.sigma = nn.ParameterList([torch.zeros(1) for _ in range(rank)])
         self.register_buffer("seed", torch.randint(2**31, ()))  # of the reserves to come
         self.seen: list[Tensor] = []  # the change, and its gradient of this step's backward passes together
 

@@ -6,7 +6,7 @@ eqs. 8 to 11). adaptsuite.adalora takes triples away, adaptsuite.increlora adds 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class RankAllocation(Method):
     """
 
     rank: int = 8
+    start_rank: int = 8
     alpha: float = 8.0
     orthogonality: float = 0.5  # weight of the regulariser
     smoothing: tuple[float, float] = (0.85, 0.85)  # of sensitivity, of uncertainty: what stays of the old at a step
@@ -47,6 +48,10 @@ class RankAllocation(Method):
             self.expect(share, 0 <= getattr(self, share) < 1, "a share of the steps, in [0, 1)")
         self.expect("warmup", self.warmup + self.final < 1, f"below 1 - final, {1 - self.final:g}")
         self.expect("total_steps", self.total_steps is None or self.total_steps >= 1, "at least 1, or none")
+
+    def without_data(self) -> "RankAllocation":
+        """With the number of triples that it ends with."""
+        return replace(self, start_rank=self.rank)
 
     def expect_room(self, site: Site, setting: str) -> None:
         """Raises UsageError for a site that has no weight, or one of a smaller rank than the setting."""

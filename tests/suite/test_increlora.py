@@ -135,6 +135,23 @@ def test_sites_grow_at_equal_intervals_to_the_budget_and_the_reserves_go():
     assert not any(branch.growing or branch.scores for branch in handle.adapter.branches.values())
 
 
+def test_growth_may_start_from_more_than_one_triple():
+    handle = attach(HOSTS["timm_vit"]().model, "increlora", rank=3, start_rank=2, top=2, **SCHEDULE)
+    assert ranks(handle) == [2] * 4
+    steps(handle, 9)
+    assert sum(ranks(handle)) == 10
+    steps(handle, 6, 9)
+    assert sum(ranks(handle)) == 12 and handle.method.settled(handle)
+
+
+@pytest.mark.parametrize(("method", "start"), [("adalora", 12), ("increlora", 1)])
+def test_what_looks_at_no_data_counts_the_triples_of_the_end(method, start):
+    method = resolve(method, rank=5)
+    assert method.start_rank == start
+    handle = attach(HOSTS["timm_vit"]().model, method.without_data())
+    assert handle.parameters_count()["trained"] == 4 * 5 * (32 + 32 + 1)
+
+
 def test_the_most_important_sites_grow():
     handle = attach(HOSTS["timm_vit"]().model, "increlora", rank=3, top=2, **SCHEDULE)
     optimizer = steps(handle, 5)
@@ -223,6 +240,7 @@ def test_increlora_keeps_its_promises(family):
     [
         ({"rank": 33}, "rank is 33, above 32: blocks.0.attn.qkv has no more"),  # more than the layer has
         ({"top": 0}, "top is 0, it must be at least 1"),
+        ({"start_rank": 9}, "start_rank is 9, it must be from 1 to the rank of the end, 8"),
         ({"rank": 0}, "rank is 0"),
         ({"sites": "mlp"}, "increlora needs weights, site 'mlp' is a module"),
     ],
