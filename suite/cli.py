@@ -68,6 +68,20 @@ def compose(
     console.result(facts)
 
 
+@app.command()
+def serve(
+    adapters: Annotated[str, typer.Option(help="Folder with adapters or runs directly below, all of one backbone.")],
+    port: Annotated[int, typer.Option(help="Of this machine.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen at: this machine's own alone.")] = "127.0.0.1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Most files, or windows of sounds, in one forward.")] = 32,
+) -> None:
+    """Answer HTTP requests by many adapters of one backbone, whose requests share batches (extra: serve)."""
+    from adaptsuite.serve import serve
+
+    serve(adapters, host, port, device, batch_size, lambda line: print(line, flush=True))
+
+
 def _named(pairs: Sequence[str]) -> dict[str, Path]:
     """NAME=DIR texts as a table; of a run's folder its adapter."""
     from adaptsuite.commands import adapter_folder

@@ -403,7 +403,7 @@ def _changed(value, changes: dict[str, Any]):
     return replace(value, **{k: v for k, v in changes.items() if v is not None})
 
 
-def adapter_folder(path: str) -> Path:
+def adapter_folder(path: str | Path) -> Path:
     """The adapter folder itself, or the one inside a run's folder."""
     folder = Path(path)
     return folder / "adapter" if (folder / "adapter" / "adapter.json").is_file() else folder

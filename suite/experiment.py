@@ -150,8 +150,8 @@ def adapt(
     return handle
 
 
-def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[str], Any]:
-    """(handle, recipe, labels, record) of a saved adapter, its backbone loaded anew. Raises AdapterError."""
+def recorded(domain: Domain, folder: str | Path) -> tuple[Any, Recipe, list[str]]:
+    """(record, recipe, labels) of an adapter that a command of the domain saved. Raises AdapterError."""
     record = read_adapter(folder)
     stored, labels = record.extra.get("recipe"), record.labels
     if not stored or labels is None:
@@ -165,10 +165,16 @@ def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[st
         recipe = recipes.from_dict(stored, domain.sections, f"{folder}/adapter.json")
     except UsageError as e:
         raise AdapterError(str(e)) from e
+    return record, recipe, list(labels)
+
+
+def restore(domain: Domain, folder: str | Path) -> tuple[Handle, Recipe, list[str], Any]:
+    """(handle, recipe, labels, record) of a saved adapter, its backbone loaded anew. Raises AdapterError."""
+    record, recipe, labels = recorded(domain, folder)
     model = domain.model(recipe, labels)
     handle = load_adapter(model, record, sample=domain.sample(model))
     domain.restored(handle, recipe, Path(folder))
-    return handle, recipe, list(labels), record
+    return handle, recipe, labels, record
 
 
 def train_one(
