@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from adaptsuite import export as exports
 from adaptsuite.export import Job, Writer, write_onnx, write_torch
-from adaptsuite.vl.paired import PairedModel
+from adaptsuite.vl.paired import PrefixedModel
 from adaptsuite.vl.pipeline import DOMAIN
 
 
 class Answering(nn.Module):
-    """image (B, 3, H, W) in [0, 1], input_ids and attention_mask (B, T) -> logits (B, K)."""
+    """image (B, 3, H, W) in [0, 1], input_ids and attention_mask (B, T) -> logits (B, K); of captions (B, T, words),
+    at each word those of the next."""
 
-    def __init__(self, model: PairedModel):
+    def __init__(self, model: PrefixedModel):
         super().__init__()
         self.model = model
 
@@ -29,7 +30,8 @@ def _graph(write: Callable[..., float]) -> Writer:
         model, facts = job.model, job.domain.describe(job.model)
         of_input = {"front_end": facts["front_end"], "tokenizer": facts["tokenizer"]}
         said = exports.metadata(job, **of_input)
-        said["activation"] = "softmax" if job.recipe.head.get("loss") == "ce" else "sigmoid"
+        one = job.recipe.data.task == "caption" or job.recipe.head.get("loss") == "ce"  # word, or answer
+        said["activation"] = "softmax" if one else "sigmoid"
         inputs = _inputs(model, job.domain.sample(model, 3))
         gap = exports.write_graph(job, write, Answering(model), inputs, said)
         length, (height, width) = inputs["input_ids"].shape[1], model.front_end.size
@@ -42,7 +44,7 @@ def _graph(write: Callable[..., float]) -> Writer:
     return run
 
 
-def _inputs(model: PairedModel, sample: dict[str, Tensor]) -> dict[str, Tensor]:
+def _inputs(model: PrefixedModel, sample: dict[str, Tensor]) -> dict[str, Tensor]:
     """Padded to the longest text that there may be."""
     text = {}
     for name in ("input_ids", "attention_mask"):

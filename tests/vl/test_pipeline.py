@@ -20,7 +20,7 @@ from adaptsuite.verify import verify
 from adaptsuite.vl import load
 from adaptsuite.vl.blind import BLIND
 from adaptsuite.vl.data import soft_targets
-from adaptsuite.vl.pipeline import DOMAIN
+from adaptsuite.vl.pipeline import DOMAIN, TASKS, task_of
 from adaptsuite.vl.synthetic import make_dataset
 
 BACKBONE = ("--backbone", "embedded:vl-tiny")
@@ -144,6 +144,22 @@ def test_answers_are_those_of_rows_that_are_not_test(tmp_path):
     assert found["accuracy"]["value"] == 0.5  # maybe cannot be answered and counts as wrong
 
 
+def test_questions_are_what_is_meant_where_no_task_is_named():
+    """Adapters that were saved before there were others are of questions too."""
+    for task in ("multiclass", "free", "vqa"):
+        recipe = Recipe("vl", "embedded:vl-tiny", method="lora", data=DataSettings(task=task))
+        assert complete(DOMAIN, recipe).data.task == "vqa"
+
+
+def test_every_task_is_told_by_recipe_table_and_model(table):
+    for name, task in TASKS.items():
+        assert task_of(DataSettings(task=name)) is task and task.data_task == name
+        assert task_of(Recipe("vl", data=DataSettings(task=name))) is task
+    manifest = DOMAIN.table(DataSettings(manifest=str(table)))
+    model = DOMAIN.model(complete(DOMAIN, Recipe("vl", "embedded:vl-tiny", method="lora")), ("a", "b"))
+    assert task_of(manifest) is task_of(model) is TASKS["vqa"]
+
+
 def test_roles_without_a_component_are_those_of_the_text_encoder():
     recipe = Recipe("vl", "embedded:vl-tiny", method="bottleneck", method_settings={"sites": ("mlp",)})
     assert complete(DOMAIN, recipe).method_settings["sites"] == ("text_encoder:mlp",)
@@ -200,6 +216,9 @@ def test_a_table_of_other_answers_is_refused(run, adapt, tmp_path):
     (("head.prefix=plian",), "head.prefix"),
     (("front_end.size=30",), "multiples of 8 x 8"),
     (("routing=mull",), "routing"),
+    (("data.task=multilabel",), "data.task=multilabel is no task of images and text"),
+    (("data.task=captions",), "expected multiclass or multilabel"),
+    (("head.beams=2",), "head.beams=2 says nothing where data.task=vqa"),
 ])  # fmt: skip
 def test_unknown_names_are_exit_2(settings, message, adapt, table):
     changes = [part for setting in settings for part in ("--set", setting)]
