@@ -18,6 +18,8 @@ _PUBLIC = {
     "resolve": "method",
     "verify": "verify",
     "budget": "budget",
+    "lean": "lean",
+    "compile_host": "compiled",
     "fit": "trainer",
     "Plan": "trainer",
     "load_backbone": "backbones",

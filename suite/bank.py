@@ -123,6 +123,7 @@ class Bank(nn.Module):
         self.shrinks: dict[str, list[tuple[tuple[int, int], Shrink]]] = {}
         self.hooks: list = []
         self.__dict__["root"] = root  # not a submodule of its own submodule
+        self.lean = None  # adaptsuite.lean.Around, once forwards save less
         self.flags = {n: p.requires_grad for n, p in root.named_parameters()}
         self.nested = [m for m in root.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
         for m in self.nested:  # the nested-tensor path reads weights past every hook

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_flop_c
 from adaptsuite.bank import BANK, is_base, tensors_in
 from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle, attach
+from adaptsuite.lean import lean as lean_saving
 from adaptsuite.method import Method
 from adaptsuite.probe import call_arguments
 from adaptsuite.sites import component_info, example_input
@@ -62,13 +63,15 @@ def budget(
     sample: Any = None,
     *,
     loss: Callable[[Any], Tensor] | None = None,
+    lean: bool = False,
     **attach_arguments: Any,
 ) -> Budget:
     """The cost of training `model` with `method`, or as it is (adapted or not) when method is None.
 
     sample: one batch, as for `attach`; known families need none, theirs is one small item.
     loss: function of the model's output, where it keeps activations that count (a segmentation's); without one,
-    gradients start at the output.  attach_arguments: as for `attach`.
+    gradients start at the output.  lean: activations are saved as adaptsuite.lean does, as in a host that was made so.
+    attach_arguments: as for `attach`.
     The model is not changed and needs no values: it may be on the meta device. One that decides by the values of
     floats, or whose operators only work on values, takes a real step on a copy; `notes` says so.
     """
@@ -84,7 +87,7 @@ def budget(
             if method is not None:
                 attach(host, method, sample=inputs, **attach_arguments)
                 host = _without_values(host, mode)  # the adapter has real tensors so far
-            step = _step(host, *inputs, loss)
+            step = _step(host, *inputs, loss, lean)
         except Exception as e:  # no form without values; what is wrong with the model itself is raised again below
             if isinstance(e, UsageError) or type(e) is LookupError or any(p.is_meta for p in model.parameters()):
                 raise
@@ -93,7 +96,7 @@ def budget(
             host = copy.deepcopy(model)
             if method is not None:
                 attach(host, method, sample=(args, kwargs), **attach_arguments)
-            step = _step(host, args, kwargs, loss)
+            step = _step(host, args, kwargs, loss, lean)
         handles = [Handle(host, name) for name in host.adapter_bank.active] if hasattr(host, BANK) else []
         trained = {id(p): p for p in host.parameters() if p.requires_grad}.values()
         items = _batch(args, kwargs)
@@ -128,6 +131,21 @@ def describe(budget: Budget) -> list[str]:
         *(("note", note) for note in budget.notes),
     ]
     return [f"{label:<10}{text}" for label, text in lines]
+
+
+def describe_depths(budgets: Mapping[int, Budget]) -> list[str]:
+    """A table for a terminal: what training the last k blocks costs, for each k."""
+    lines = [
+        f"{'last_k':>6}  {'GFLOP a step':>12}  {'of all':>6}  {'MB activations':>14}  {'of all':>6}  {'trained':>11}"
+    ]
+    whole = budgets[max(budgets)]
+    for k, own in budgets.items():
+        flops, saved = own.training_flops / whole.training_flops, own.activation_bytes / max(whole.activation_bytes, 1)
+        lines.append(
+            f"{k:>6}  {_short(own.training_flops / 1e9):>12}  {flops:>6.2f}  {_short(own.activation_bytes / 1e6):>14}"
+            f"  {saved:>6.2f}  {own.params['trained']:>11,}"
+        )
+    return lines
 
 
 def file_bytes(state: Mapping[str, Tensor]) -> int:
@@ -229,10 +247,14 @@ class Meter(TorchDispatchMode):
         self.saved -= size if saved else 0
 
 
-def _step(host: nn.Module, args: tuple, kwargs: dict[str, Any], loss: Callable | None) -> Meter:
+def _step(host: nn.Module, args: tuple, kwargs: dict[str, Any], loss: Callable | None, lean: bool) -> Meter:
     host.train()
     meter = Meter(host)
-    with meter, torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor):
+    if lean or (hasattr(host, BANK) and host.adapter_bank.lean):
+        saving = lean_saving(keep=meter.pack)
+    else:
+        saving = torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor)
+    with meter, saving:
         output = host(*args, **kwargs)
         meter.macs = meter.flops // 2
         own_loss = loss(output) if loss else getattr(output, "loss", None)  # transformers: when labels are given

@@ -12,34 +12,42 @@ LAST = ("rel_pos_bias",)  # acts in every block: with the head, as in BEiT's cod
 
 
 def layer_factor(model: nn.Module, decay: float) -> Callable[[str], float]:
-    """A function: dotted name of a parameter or a module of `model` -> decay ** (L + 1 - id), its share of the rate.
+    """A function: dotted name of a parameter or a module of `model` -> decay ** its distance, its share of the rate.
 
-    Of a component with L blocks the embedding has the id 0, block i has i + 1, what follows the last block (final norm,
-    pooling, head) has L + 1; what stands between two blocks, as Swin's merging does, counts with the block before.
-    Outside every component, as heads of task models are, the factor is 1. With decay 1 no block needs to be known.
-    Raises UsageError where none is.
+    With decay 1 no block needs to be known. Raises UsageError where none is.
     """
     if decay == 1:
         return lambda path: 1.0
     try:
-        sites = find_sites(model, "block")
+        distance = layer_distance(model)
     except LookupError as error:
         raise UsageError(f"layer_decay={decay:g} needs blocks, so that a layer has a depth: {error}") from None
+    return lambda path: decay ** distance(path)
+
+
+def layer_distance(model: nn.Module) -> Callable[[str], int]:
+    """A function: dotted name of a parameter or a module of `model` -> L + 1 - id, layers from it to the head.
+
+    Of a component with L blocks the embedding has the id 0, block i has i + 1, what follows the last block (final norm,
+    pooling, head) has L + 1; what stands between two blocks, as Swin's merging does, counts with the block before.
+    Outside every component, as heads of task models are, the distance is 0. Raises LookupError without blocks.
+    """
+    sites = find_sites(model, "block")
     depth = {c.prefix: c.num_blocks for c in component_info(model)}
     blocks = {site.path: depth[site.component] - site.block for site in sites}
     outside = _outside(model, blocks)
 
-    def factor(path: str) -> float:
+    def distance(path: str) -> int:
         above = path
         while above not in blocks and above:
             above = above.rpartition(".")[0]
         if above in blocks:
-            return decay ** blocks[above]
+            return blocks[above]
         within = path and f"{path}."
         found = (outside[name] for name in outside if name == path or name.startswith(within))
-        return decay ** next(found, 0)
+        return next(found, 0)
 
-    return factor
+    return distance
 
 
 def _outside(model: nn.Module, blocks: dict[str, int]) -> dict[str, int]:

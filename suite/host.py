@@ -20,8 +20,10 @@ from adaptsuite.bank import (
     split_key,
     tensor_key,
 )
-from adaptsuite.depth import layer_factor
+from adaptsuite.compiled import compile_host
+from adaptsuite.depth import layer_distance, layer_factor
 from adaptsuite.errors import UsageError, nearest
+from adaptsuite.lean import make_lean
 from adaptsuite.method import Method, resolve
 from adaptsuite.probe import called_modules
 from adaptsuite.sites import Site, component_info, find_sites
@@ -36,13 +38,16 @@ def attach(
     train_norms: bool = False,
     head: str | Sequence[str] = (),
     last_k: int | None = None,
+    lean: bool = False,
     **settings: Any,
 ) -> "Handle":
     """Puts an adapter on `model`, makes it the active one and freezes everything else.
 
     sample: one input for the probe forward (a tensor, a tuple of arguments or a dict); known families need none.
     train_norms: also train the norms that the method names (the final one, the ones beside its sites).
-    head: paths of modules trained as copies and saved with the adapter.  last_k: sites of the last k blocks only.
+    head: paths of modules trained as copies and saved with the adapter.
+    last_k: only sites of the last k blocks and behind them; backward ends at the first of them.
+    lean: forwards of the model save activations as adaptsuite.lean does, until its last adapter is taken off.
     The base is in eval mode under `model.train()` from now on: its dropout and batch statistics are off.
     Raises UsageError for settings that cannot be and LookupError for sites that the model does not have.
     """
@@ -53,7 +58,10 @@ def attach(
     if method.needs_head and not head:
         head = tuple(s.path for s in find_sites(model, "head"))
     sites = _sites(model, method, last_k)
-    return place(model, method, sites, held_tensors(model, method, sites, train_norms, head), head, name, sample)
+    handle = place(model, method, sites, held_tensors(model, method, sites, train_norms, head), head, name, sample)
+    if lean:
+        make_lean(handle.bank)
+    return handle
 
 
 def place(
@@ -111,6 +119,8 @@ def get_handle(model: nn.Module, name: str = "default") -> "Handle":
 
 def _sites(model: nn.Module, method: Method, last_k: int | None) -> list[Site]:
     sites = find_sites(model, method.roles) if method.roles else []
+    if last_k is not None and not sites:
+        raise UsageError(f"method {method.name!r} has no sites in blocks: last_k={last_k} would change nothing")
     if last_k is None and method.blocks is None:
         return sites
     depth = {c.prefix: c.num_blocks for c in component_info(model)}
@@ -122,7 +132,8 @@ def _sites(model: nn.Module, method: Method, last_k: int | None) -> list[Site]:
         return sites
     if not 1 <= last_k <= max(depth.values()):
         raise UsageError(f"last_k is {last_k}, this model has {max(depth.values())} blocks")
-    return [s for s in sites if s.block is None or s.block >= depth[s.component] - last_k]
+    distance = layer_distance(model)  # embeddings and norms before the blocks are left out too: backward ends behind
+    return [s for s in sites if distance(".".join(filter(None, (s.path, s.weight)))) <= last_k]
 
 
 def weight_site(model: nn.Module, path: str) -> Site:
@@ -339,6 +350,10 @@ class Handle:
         """
         with self.bank.using(**context):
             yield
+
+    def compile(self) -> None:
+        """Calls of the model run one graph of torch.compile from now on (adaptsuite.compiled), lean where it is."""
+        compile_host(self.model, lean=self.bank.lean is not None)
 
     # ---- what trains
 

@@ -35,7 +35,7 @@ def lean(keep: Callable[[Tensor], Any] = lambda tensor: None) -> Iterator[None]:
     """Forwards inside the `with` save lean activations; backward may run outside, in any thread.
 
     keep: told of each tensor that is really kept. Inside another `lean`, without gradients, and in what torch.compile
-    traces this does nothing: the compiler's partitioner recomputes such functions itself. Blocks under gradient
+    traces this does nothing; compile_host(lean=True) tells the compiler to do the same. Blocks under gradient
     checkpointing save nothing that could be left out. An input that was changed in place between forward and backward
     raises RuntimeError, as it does without `lean`.
     """
