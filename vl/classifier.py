@@ -11,14 +11,18 @@ from adaptsuite import recipe as recipes
 from adaptsuite.artifact import read_adapter
 from adaptsuite.commands import adapter_folder
 from adaptsuite.devices import pick_device
-from adaptsuite.errors import DataError
+from adaptsuite.errors import DataError, nearest
 from adaptsuite.experiment import restore
 from adaptsuite.image_classifier import image_of
 from adaptsuite.images import fitted
 from adaptsuite.plan import Plan
 from adaptsuite.vl.captioner import Writing
+from adaptsuite.vl.choices import allowed, restricted
 from adaptsuite.vl.data import checked_texts
 from adaptsuite.vl.pipeline import DOMAIN
+from adaptsuite.vl.scores import normalise_answer
+
+Choices = Sequence[str] | Sequence[Sequence[str]] | None
 
 
 def load(folder: str | Path, device: str = "auto", batch_size: int | None = None) -> "Answerer | Captioner":
@@ -68,26 +72,32 @@ class Loaded:
 class Answerer(Loaded):
     """Answers questions about pictures; None asks without one."""
 
-    def answer(self, image: Any, question: str | Sequence[str]) -> Any:
-        """The answer with the highest score; a list of them for a list of questions."""
-        scores = self.scores(image, question)
+    def answer(self, image: Any, question: str | Sequence[str], choices: Choices = None) -> Any:
+        """The answer with the highest score; a list of them for a list of questions.
+
+        choices: what it is one of, for all questions, or a list of such lists, one for each question (empty: free).
+        """
+        scores = self.scores(image, question, choices)
         best = [self.labels[k] for k in scores.argmax(1)]
         return best[0] if isinstance(question, str) else best
 
-    def predict(self, image: Any, question: str | Sequence[str], most: int = 5) -> Any:
+    def predict(self, image: Any, question: str | Sequence[str], most: int = 5, choices: Choices = None) -> Any:
         """{answer: score} of the `most` highest, best first; a list of them for a list of questions.
 
-        A score is in [0, 1]; with the loss "ce" all of them sum to 1.
+        A score is in [0, 1]; with the loss "ce", and of models that write, those of all answers that may be given sum
+        to 1. choices: as for `answer`.
         """
-        logits = torch.from_numpy(self.scores(image, question))
-        scores = logits.softmax(1) if self.recipe.head.get("loss") == "ce" else logits.sigmoid()
+        logits = torch.from_numpy(self.scores(image, question, choices))
+        one = self.recipe.head.get("loss") == "ce" or getattr(self.model, "whole", False)
+        scores = logits.softmax(1) if one else logits.sigmoid()
         named = [
-            {self.labels[k]: float(row[k]) for k in row.argsort(descending=True, stable=True)[:most]} for row in scores
+            {self.labels[k]: float(row[k]) for k in row.argsort(descending=True, stable=True)[:most] if fine[k]}
+            for row, fine in zip(scores, logits.isfinite(), strict=True)
         ]
         return named[0] if isinstance(question, str) else named
 
-    def scores(self, image: Any, question: str | Sequence[str]) -> np.ndarray:
-        """(N, K) logits. image: one for all questions, or a list of one each."""
+    def scores(self, image: Any, question: str | Sequence[str], choices: Choices = None) -> np.ndarray:
+        """(N, K) logits, -inf of what is no choice. image: one for all questions, or a list of one each."""
         questions = [question] if isinstance(question, str) else list(question)
         if not questions:
             raise DataError("no question was given")
@@ -100,7 +110,24 @@ class Answerer(Loaded):
             self.run(self.task.predict, {**self.model.tokenizer(texts[part]), **self.seen(pictures[part])})
             for part in self.batches(len(texts))
         ]
-        return np.concatenate(found)
+        return restricted(np.concatenate(found), self._checked(choices, len(texts)), self.labels)
+
+    def _checked(self, choices: Choices, number: int) -> list[Sequence[str]]:
+        """Of each question. Raises DataError where none of them is an answer that this adapter knows."""
+        choices = [] if choices is None else [choices] if isinstance(choices, str) else list(choices)
+        several = choices and not isinstance(choices[0], str)
+        rows = choices if several else [choices] * number
+        if len(rows) != number:
+            raise DataError(
+                f"choices of {len(rows)} questions beside {number} questions: one list for all, or one each"
+            )
+        for i, (own, fine) in enumerate(zip(rows, allowed(rows, self.labels), strict=True), 1):
+            if not fine.any():
+                raise DataError(
+                    f"question {i}: none of its choices {', '.join(own)} is among the {len(self.labels)} answers of "
+                    f"this adapter; {nearest(normalise_answer(own[0]), self.labels)[:200]}"
+                )
+        return rows
 
 
 class Captioner(Loaded):

@@ -1,6 +1,7 @@
 """`adapt vl`: the common verbs, for questions about pictures and captions of them; `predict` is vl's own."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,6 +49,9 @@ def predict(
     question: Annotated[
         list[str] | None, typer.Option("--question", help="About each picture; may be given several times.")
     ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option("--choice", help="What the answer is one of; may be given several times.")
+    ] = None,
     data: Data = None,
     batch_size: BatchSize = None,
     device: Device = None,
@@ -60,9 +64,11 @@ def predict(
     from adaptsuite.vl.classifier import data_task, load
 
     folder = adapter_folder(adapter)
+    if choice and (data is not None or data_task(folder) not in ("vqa", "")):
+        raise UsageError("--choice is for --question; rows of --data have a column choices")
     if data_task(folder) in ("few_shot", "base_to_new"):
         return _classes(Console(as_json), adapter, data, images or [], question or [], batch_size, device, out)
-    console, says = Console(as_json), _captions if data_task(folder) == "caption" else _answers
+    console, says = Console(as_json), _captions if data_task(folder) == "caption" else partial(_answers, choice or [])
     found = says(lambda: load(folder, device or "auto", batch_size), data, images or [], question or [])
     for row in found:
         best = "  ".join(f"{answer} {score:.3f}" for answer, score in list(row.get("scores", {}).items())[:3])
@@ -73,9 +79,11 @@ def predict(
     console.result({"predictions": found})
 
 
-def _answers(loaded: Callable[[], Any], data: str | None, images: list[str], questions: list[str]) -> list[dict]:
-    """{"image", "question", "answer", "scores"} of each question about each picture."""
-    from adaptsuite.vl.data import image_of, load_table, text_of
+def _answers(
+    choices: list[str], loaded: Callable[[], Any], data: str | None, images: list[str], questions: list[str]
+) -> list[dict]:
+    """{"image", "question", "answer", "scores"} of each question about each picture; choices: of all questions."""
+    from adaptsuite.vl.data import choices_of, image_of, load_table, text_of
 
     if (data is None) == (not images and not questions):
         raise UsageError("IMAGE... and --question are missing, or --data: a .jsonl or .csv of {image, question}")
@@ -84,9 +92,10 @@ def _answers(loaded: Callable[[], Any], data: str | None, images: list[str], que
     if data is not None:
         rows = load_table(data, need_answers=False).rows
         asked = [(row.rel if image_of(row) else "", image_of(row), text_of(row)) for row in rows]
+        choices = list(map(choices_of, rows))
     else:
         asked = [(path, Path(path) if path else None, text) for path in images or [""] for text in questions]
-    said = loaded().predict([path for _, path, _ in asked], [text for *_, text in asked])
+    said = loaded().predict([path for _, path, _ in asked], [text for *_, text in asked], choices=choices)
     return [
         {"image": name, "question": text, "answer": next(iter(scores)), "scores": scores}
         for (name, _, text), scores in zip(asked, said, strict=True)

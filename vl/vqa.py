@@ -13,7 +13,8 @@ from adaptsuite.errors import DataError, nearest
 from adaptsuite.manifest import Fold, Manifest, write_csv
 from adaptsuite.recipe import DataSettings, Recipe
 from adaptsuite.vl.blind import BLIND
-from adaptsuite.vl.data import answer_set, answers_of, image_of, load_table, soft_targets, text_of
+from adaptsuite.vl.choices import allowed, chance, choices_in, restricted
+from adaptsuite.vl.data import answer_set, answers_of, choices_of, image_of, load_table, soft_targets, text_of
 from adaptsuite.vl.domain import PairedDomain
 from adaptsuite.vl.paired import AnswerTask, PairedModel
 from adaptsuite.vl.scores import mean_interval, normalise_answer
@@ -59,6 +60,9 @@ class Questions(PairedDomain):
                     f"{fold.name}: {unknown} of {len(held)} held-back rows have no answer among the {len(known)} that "
                     "can be given: they count as wrong"
                 )
+            none = sum(not row.any() for row in allowed(list(map(choices_of, held)), manifest.classes))
+            if none:
+                said.append(f"{fold.name}: {none} of {len(held)} held-back rows have no choice that can be given")
         return said
 
     def build(self, pair: nn.Module, classes: Sequence[str], **options: Any) -> PairedModel:
@@ -70,9 +74,12 @@ class Questions(PairedDomain):
     # ---- evidence
 
     def evaluate(self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray) -> dict[str, dict]:
-        """Soft accuracy, that of each kind of question, of the blind baselines, and the gain over the better one."""
+        """Soft accuracy, that of each kind of question, of the blind baselines, and the gain over the better one; of
+        multiple choice also that of chance."""
         got, groups = self._scores(manifest, classes, outputs), [row.group for row in manifest.rows]
         found = {name: mean_interval(rows, groups) for name, rows in got.items()}
+        if any(choices_in(manifest)):
+            found["chance"] = mean_interval(chance(manifest, classes), groups)
         if KIND in manifest.columns:
             kinds = np.array(manifest.column(KIND))
             for kind in sorted(set(kinds) - {""}):
@@ -83,6 +90,7 @@ class Questions(PairedDomain):
     def _scores(self, manifest: Manifest, classes: Sequence[str], outputs: np.ndarray) -> dict[str, np.ndarray]:
         """(rows,) soft accuracy of what the adapter and each baseline answered; gain: paired by row."""
         targets, rows = self.targets(manifest, classes), np.arange(len(manifest))
+        outputs = restricted(outputs, choices_in(manifest), classes)
         said = outputs.reshape(len(rows), -1, len(classes)).argmax(2)  # (rows, 3)
         found = {name: targets[rows, said[:, i]] for i, name in enumerate(("accuracy", *BLIND))}
         best = max(BLIND, key=lambda name: found[name].mean())
@@ -110,14 +118,16 @@ class Questions(PairedDomain):
         ]
 
     def _answered(self, said: Said, classes: Sequence[str]) -> list[dict[str, Any]]:
-        targets = self.targets(said.manifest, classes)
-        best = said.outputs.reshape(len(said.manifest), -1, len(classes)).argmax(2)
+        targets, choices = self.targets(said.manifest, classes), choices_in(said.manifest)
+        outputs = restricted(said.outputs, choices, classes).reshape(len(said.manifest), -1, len(classes))
+        best, several = outputs.argmax(2), any(choices)
         return [
             {
                 "row": self.shown(row),
                 "image": row.rel if image_of(row) else "",
                 "question": text_of(row),
                 "answers": " | ".join(dict.fromkeys(answers_of(row))),
+                **({"choices": " | ".join(choices_of(row))} if several else {}),
                 "said": classes[own[0]],
                 **{name: classes[k] for name, k in zip(BLIND, own[1:], strict=True)},
                 "score": float(target[own[0]]),
