@@ -141,8 +141,10 @@ def register(name: str):
 def method_class(name: str) -> type[Method]:
     """The class registered under `name`, whose address tells the folder: `lora` (suite), `audio.soft_moa` (audio).
 
-    Raises UsageError with the nearest names.
+    `peft:NAME` is a tuner of peft (adaptsuite.peft_methods).  Raises UsageError with the nearest names.
     """
+    if name.startswith("peft:"):
+        return importlib.import_module("adaptsuite.peft_methods").tuner(name)
     if name not in _registry:
         domain = name.partition(".")[0] if "." in name else ""
         if domain and domain not in DOMAINS:

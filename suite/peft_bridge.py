@@ -1,4 +1,6 @@
-"""LoRA adapters to and from peft's folders, exactly: the same output, trained norms and heads included.
+"""Adapters to and from peft's folders, exactly: the same output, trained norms and heads included.
+
+LoRA goes both ways, peft's other tuners (adaptsuite.peft_methods) are written.
 
 What one side would compute otherwise is refused with the reason, and nothing is passed over. A peft folder does not
 say which weights it was trained on, so `from_peft` can compare shapes only.
@@ -21,6 +23,7 @@ from adaptsuite.errors import AdapterError, UsageError
 from adaptsuite.host import Handle, place, weight_site
 from adaptsuite.identity import find_sources
 from adaptsuite.lora import Lora
+from adaptsuite.peft_layers import exactly
 from adaptsuite.probe import called_modules
 from adaptsuite.reading import check_values, read_json, read_tensors
 from adaptsuite.sites import Site, find_sites
@@ -41,18 +44,20 @@ READ = {
 
 
 def to_peft(handle: Handle, folder: str | Path) -> Path:
-    """Writes a LoRA adapter so that `PeftModel.from_pretrained(base, folder)` gives the same output; returns the path.
+    """Writes lora or a `peft:` method so that `PeftModel.from_pretrained(base, folder)` gives the same output.
 
-    Trained norms and heads become peft's modules_to_save. Raises UsageError with the reason for what peft has no form
-    for: other methods, parts of fused weights, weights read without a call, convolutions, buffers, new head shapes.
+    Trained norms and heads become peft's modules_to_save. Returns the path. Raises UsageError with the reason for what
+    peft has no form for: other methods, parts of fused weights, weights read without a call, convolutions, buffers, new
+    head shapes.
     """
     from safetensors.torch import save_file
 
     folder, adapter, method = Path(folder), handle.adapter, handle.method
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise UsageError(f"{folder} holds something that is no peft adapter: give another folder")
-    if type(method) is not Lora:  # nor a method that adds to it
-        raise UsageError(f"method {method.name!r} has no form in peft; only lora can be written")
+    hosted = method.name.startswith("peft:")
+    if type(method) is not Lora and not hosted:  # nor a method that adds to lora
+        raise UsageError(f"method {method.name!r} has no form in peft; only lora and peft's own tuners can be written")
     sites = {key: adapter.sites[key] for key in adapter.branches}
     saved = sorted({key.replace("/", ".").rpartition(".")[0] for key in adapter.tensors})
     for site in sites.values():
@@ -64,24 +69,14 @@ def to_peft(handle: Handle, folder: str | Path) -> Path:
     if adapter.moved._buffers:
         raise UsageError("the head's buffers (BatchNorm statistics) cannot be written for peft: it does not store them")
     tensors = {PREFIX + key.replace("/", "."): value for key, value in adapter.tensors.items()}
-    for key, site in sites.items():
-        tensors[f"{PREFIX}{site.path}.lora_A.weight"] = adapter.branches[key].down
-        tensors[f"{PREFIX}{site.path}.lora_B.weight"] = adapter.branches[key].up
+    config, own = adapter.shared.to_peft(method) if hosted else _lora_form(handle, sites)
+    tensors |= own
     check_values(f"adapter {handle.name!r}", tensors)
     source = find_sources(handle.model).get("")  # names below a task model of ours are not the hub model's
-    paths = [s.path for s in sites.values()]
-    config = {
-        "peft_type": "LORA",
+    config |= {
         "task_type": None,
         "base_model_name_or_path": source.name[3:] if source and source.name.startswith("hf:") else None,
-        "r": method.rank,
-        "lora_alpha": method.alpha,
-        "use_rslora": method.rslora,
-        "lora_dropout": method.dropout,
-        "target_modules": paths if _by_suffix(paths, _names(handle.model)) == set(paths) else _as_pattern(paths),
         "modules_to_save": saved or None,
-        "fan_in_fan_out": all(s.layout == "conv1d" for s in sites.values()),
-        "bias": "none",
         "inference_mode": True,
     }
 
@@ -91,6 +86,26 @@ def to_peft(handle: Handle, folder: str | Path) -> Path:
         (temp / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     return write_folder(folder, write)
+
+
+def _lora_form(handle: Handle, sites: dict[str, Site]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors of a LoRA as peft names them."""
+    method, tensors = handle.method, {}
+    for key, site in sites.items():
+        tensors[f"{PREFIX}{site.path}.lora_A.weight"] = handle.adapter.branches[key].down
+        tensors[f"{PREFIX}{site.path}.lora_B.weight"] = handle.adapter.branches[key].up
+    paths = [s.path for s in sites.values()]
+    config = {
+        "peft_type": "LORA",
+        "r": method.rank,
+        "lora_alpha": method.alpha,
+        "use_rslora": method.rslora,
+        "lora_dropout": method.dropout,
+        "target_modules": paths if _by_suffix(paths, _names(handle.model)) == set(paths) else exactly(paths),
+        "fan_in_fan_out": all(s.layout == "conv1d" for s in sites.values()),
+        "bias": "none",
+    }
+    return config, tensors
 
 
 def from_peft(model: nn.Module, folder: str | Path, name: str = "default", sample: Any = None) -> Handle:
@@ -136,7 +151,7 @@ def from_peft(model: nn.Module, folder: str | Path, name: str = "default", sampl
 
 
 def _no_target(handle: Handle, site: Site, saved: list[str]) -> str | None:
-    if site.weight != "weight":
+    if site.weight not in ("weight", None):
         return f"{site.weight} is packed into a module without a Linear of its own, which peft adapts"
     if site.rows is not None:
         return "peft adapts whole modules, this is a part of a fused weight; train with sites=attn.qkv for the whole"
@@ -146,6 +161,8 @@ def _no_target(handle: Handle, site: Site, saved: list[str]) -> str | None:
         return "the host reads this weight without calling its module, where peft's adapter is never reached"
     if any(_is_within(site.path, path) for path in saved):
         return "peft cannot both adapt a module and store a trained copy of it"
+    if site.weight is None:
+        return None
     try:
         weight_site(handle.model, site.path)
     except LookupError as e:
@@ -167,11 +184,6 @@ def _not_saved(handle: Handle, path: str) -> str | None:
     if not handle.bank.is_called(path):
         return "the host reads its weights without calling it, where peft's copy is never reached"
     return None
-
-
-def _as_pattern(paths: list[str]) -> str:
-    """For hosts where one path is the end of another (open_clip's towers): peft matches patterns as a whole."""
-    return "|".join(re.escape(path) for path in paths)
 
 
 # ---- what a config says
