@@ -25,6 +25,7 @@ _PUBLIC = {
     "load_backbone": "backbones",
     "to_peft": "peft_bridge",
     "from_peft": "peft_bridge",
+    "Server": "serve",
 }
 
 __all__ = ["__version__", *_PUBLIC]

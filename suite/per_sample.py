@@ -7,13 +7,11 @@ or bias, such as a norm, the head or an attention with a packed projection, is i
 """
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -35,11 +33,7 @@ from adaptsuite.bank import (
 from adaptsuite.errors import UsageError, nearest
 from adaptsuite.method import Method
 from adaptsuite.sites import Site, find_sites
-
-# tensor of a module: (module, name), looked up anew each time, as others may put another tensor there
-Slot = tuple[nn.Module, str]
-
-_turns = threading.RLock()  # a template holds the tensors of one thread's rows at a time
+from adaptsuite.stacks import Slot, Stack, divides, holding, over_rows, owned, turn, value_at
 
 
 def row_index(names: Sequence[str], rows: Tensor | Sequence[str | None], device: torch.device) -> Tensor:
@@ -76,74 +70,7 @@ def refuse(bank: Bank, names: Sequence[str]) -> None:
             raise UsageError(f"adapter {name!r} cannot be one of several in a batch: method {method.name!r} {reason}")
 
 
-# ---- stacks
-
-
-class Stack:
-    """The same tensors and numbers of S holders as one tensor (S, ...) each; smaller ones are filled up with zeros."""
-
-    def __init__(self, holders: Sequence[Sequence[Slot]]):
-        self.holders = [list(slots) for slots in holders]
-        self.built: list[Tensor] = []
-        self.seen: list[tuple[int, int]] | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """Under autograd made anew, so that gradients reach each holder; else kept until one of them changes.
-
-        A compiled graph looks for no changes: after them it needs `refresh`.
-        """
-        if torch.is_grad_enabled() and any(t.requires_grad for t in self._sources()):
-            return self._stacked()
-        if not torch.compiler.is_compiling():
-            self.refresh()
-        return self.built
-
-    def refresh(self) -> None:
-        """Writes into the tensors that are there where their shapes allow it: compiled graphs read these very ones."""
-        seen = [(t.data_ptr(), t._version) for t in self._sources()]
-        if seen == self.seen:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            new = self._stacked()
-            alike = [(t.shape, t.device, t.dtype) for t in new] == [(t.shape, t.device, t.dtype) for t in self.built]
-            if alike:
-                for old, value in zip(self.built, new, strict=True):
-                    old.copy_(value)
-            else:
-                self.built = new
-        self.seen = seen
-
-    def _sources(self) -> Iterator[Tensor]:
-        return (v for slots in self.holders for v in map(_value, slots) if isinstance(v, Tensor))
-
-    def _stacked(self) -> list[Tensor]:
-        like = next(self._sources())
-        columns = [[_value(slot) for slot in column] for column in zip(*self.holders, strict=True)]
-        return [_stack(c) if isinstance(c[0], Tensor) else like.new_tensor(c) for c in columns]
-
-
-def _value(slot: Slot) -> Tensor | float:
-    module, name = slot
-    for store in (module._parameters, module._buffers):
-        if name in store:
-            return store[name]
-    return module.__dict__[name]
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    if len({t.shape for t in tensors}) > 1:
-        largest = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
-        ends = [[n for large, own in zip(largest, t.shape, strict=True) for n in (large - own, 0)] for t in tensors]
-        tensors = [F.pad(t, end[::-1]) for t, end in zip(tensors, ends, strict=True)]  # from the last dimension on
-    return torch.stack(list(tensors))
-
-
-def _owned(module: nn.Module) -> list[Slot]:
-    """Where its parameters and buffers are."""
-    return [
-        (sub, name) for sub in module.modules() for store in (sub._parameters, sub._buffers)
-        for name, value in store.items() if value is not None
-    ]  # fmt: skip
+# ---- what rows take their own of
 
 
 class Held:
@@ -160,7 +87,7 @@ class Held:
             holders += [] if store is None else [(store, key)]
         self.stack = Stack([[slot] for slot in [*holders, (base, param)]])
         self.places = torch.tensor([len(holders) if place is None else place for place in [*places, None]])
-        lengths = [t.shape[:1].numel() for t in self.stack._sources()]
+        lengths = [t.shape[:1].numel() for t in self.stack.sources()]
         self.lengths = torch.tensor(lengths) if len(set(lengths)) > 1 else None
 
     def at(self, index: Tensor) -> Tensor:
@@ -181,17 +108,17 @@ class Rows:
         branches = [branch for _, branch in members.values()]
         self.template, first = branches[0], owners[0]
         self.needs_grid = getattr(self.template, "needs_grid", False)
-        slots = [[*_owned(b), *((b, name) for name in _differing(branches))] for b in branches]
+        slots = [[*owned(b), *((b, name) for name in _differing(branches))] for b in branches]
         self.stacks, self.targets = [Stack(slots)] if slots[0] else [], slots[0]
         if getattr(first, "shared", None) is not None:  # one stack for all sites
             key = tuple(id(a) for a in owners)
-            self.stacks.append(shared.setdefault(key, Stack([_owned(a.shared) for a in owners])))
-            self.targets = [*self.targets, *_owned(first.shared)]
+            self.stacks.append(shared.setdefault(key, Stack([owned(a.shared) for a in owners])))
+            self.targets = [*self.targets, *owned(first.shared)]
         self.places = torch.full((num + 1,), -1)
         self.places[list(members)] = torch.arange(len(members))
 
     def parameters(self) -> Iterator[Tensor]:
-        return (v for v in map(_value, self.targets) if isinstance(v, nn.Parameter))
+        return (v for v in map(value_at, self.targets) if isinstance(v, nn.Parameter))
 
     def at(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
         """Each row's own tensors (B, ...), and whether it has any (B,)."""
@@ -206,22 +133,22 @@ class Rows:
 
         def one(own: tuple[list[Tensor], Tensor], tokens: list[Tensor], seen: list[Tensor | None]) -> Tensor:
             mask, features = seen
-            with _holding(zip(self.targets, own[0], strict=True)):
+            with holding(zip(self.targets, own[0], strict=True)):
                 out = self.template(*tokens, replace(context, token_mask=mask, features=features))
             return torch.where(own[1], out, tokens[1])
 
         own, there = self.at(_index(context))
-        if hasattr(self.template, "rows"):
+        if "rows" in type(self.template).__dict__:
             named = {name: t for (_, name), t in zip(self.targets, own, strict=True)}
-            _divides(len(there), len(y))
+            divides(len(there), len(y))
             out = self.template.rows(named, there, *(t.reshape(len(there), -1, t.shape[-1]) for t in (x, y)))
             return out.reshape(y.shape)
-        with _turn():
-            return _over_rows(one, (own, there), [x, y], context)
+        with turn():
+            return over_rows(one, (own, there), [x, y], context)
 
     def change(self, own: tuple[list[Tensor], Tensor], value: Tensor, param: str) -> Tensor:
         """A base tensor as one row's branch makes it."""
-        with _holding(zip(self.targets, own[0], strict=True)):
+        with holding(zip(self.targets, own[0], strict=True)):
             return torch.where(own[1], changed(value, self.site, self.template, param), value)
 
 
@@ -235,8 +162,9 @@ def _structure(method: Method, branch: nn.Module) -> tuple:
     """What branches of one stack have in common: the class, the settings that must not vary, and the shapes."""
     free = {"sites", "blocks", *method.varying}
     settings = [(f.name, getattr(method, f.name)) for f in fields(method) if f.name not in free]
-    shapes = [() if method.varying else tuple(_value(slot).shape) for slot in _owned(branch)]
-    return type(method), type(branch), tuple(settings), tuple(shapes)
+    shapes = [() if method.varying else tuple(value_at(slot).shape) for slot in owned(branch)]
+    state = [(k, v) for k, v in vars(branch).items() if isinstance(v, int | str | tuple) and k != "training"]
+    return type(method), type(branch), repr(settings), repr(state), tuple(shapes)
 
 
 class RowShadow:
@@ -272,17 +200,17 @@ class RowShadow:
             values, row, classes = own
             own_context = replace(context, index=row, token_mask=seen[0], features=seen[1])
             args, kwargs = tree_unflatten(given, layout)
-            with self.bank.within(own_context), _holding(self._values(values)):
+            with self.bank.within(own_context), holding(self._values(values)):
                 out, spec = tree_flatten(forward(*args, **kwargs))
             form[:] = [spec, out]
             found = [t for t in out if isinstance(t, Tensor)]
             return found if classes is None else [_without(t, classes) for t in found]
 
-        with _turn():
+        with turn():
             own = [(h and h.at(index), [rows.at(index) for rows in deltas]) for h, deltas in self.entries.values()]
             own = (own, index[:, None], self._classes(index))
             with self._attention(index):
-                found = iter(_over_rows(one, own, leaves, context, dims, self.dim))
+                found = iter(over_rows(one, own, leaves, context, dims, self.dim))
         return tree_unflatten([next(found) if isinstance(t, Tensor) else t for t in form[1]], form[0])
 
     def _attention(self, index: Tensor):
@@ -294,7 +222,7 @@ class RowShadow:
     def _values(self, own: Sequence[tuple[Tensor | None, list]]) -> Iterator[tuple[Slot, Tensor]]:
         for (path, param), (_, deltas), (value, changes) in zip(self.entries, self.entries.values(), own, strict=True):
             module = self.bank.root.get_submodule(path)
-            value = _value((module, param)) if value is None else value
+            value = value_at((module, param)) if value is None else value
             for rows, change in zip(deltas, changes, strict=True):
                 value = rows.change(change, value, param)
             yield (module, param), value
@@ -321,10 +249,15 @@ class RowShadow:
             if t.ndim == 2 and first.ndim > 2 and self.path:  # (T, D) of positions, (T, T) of a mask
                 return None
             square = t.ndim == 3 and t.shape[1] == t.shape[2]  # (B, T, T), (B * heads, T, T) or (heads, T, T)
-            if square and t.shape[0] == rows:
-                raise UsageError(f"{self.path} gets {tuple(t.shape)}, of {rows} rows or heads: take another batch size")
             at = 0 if square else self.dim
-            return at if t.ndim > at and t.shape[at] % rows == 0 else None
+            if t.ndim <= at or (t.shape[at] % rows if square else t.shape[at] != rows):
+                return None
+            if t.ndim == 3 and t.shape[at] == rows and (square or rows == first.shape[1 - self.dim]):
+                shape = tuple(t.shape)
+                raise UsageError(
+                    f"{self.path} gets {shape}, of {rows} rows or of something else: try more or fewer rows"
+                )
+            return at
 
         return [dim(t) for t in leaves]
 
@@ -332,55 +265,6 @@ class RowShadow:
 def _without(logits: Tensor, classes: Tensor) -> Tensor:
     """Logits behind a row's own classes are none."""
     return logits.masked_fill(torch.arange(logits.shape[-1], device=logits.device) >= classes, float("-inf"))
-
-
-def _over_rows(
-    one: Callable, own: Any, given: list, context: Context, dims: list[int | None] | None = None, out_dim: int = 0
-) -> Any:
-    """one(own, given, [token mask, features]) of each row: own (B, ...) without its first dimension, the others as
-    batches of one, or of as many as a row has windows."""
-    num, dims = len(context.index), dims or [0] * len(given)
-    seen = [context.token_mask, context.features]
-    seen_dims = [0 if t is not None and len(t) == num else None for t in seen]
-    for t, dim in zip(given, dims, strict=True):
-        if dim is not None:
-            _divides(num, t.shape[dim])
-    leaves, layout = tree_flatten(own)
-    if num == 1:
-        return one(tree_unflatten([None if t is None else t[0] for t in leaves], layout), given, seen)
-
-    def split(values: list, dims: list[int | None]) -> list:
-        return [t if d is None else t.unflatten(d, (num, -1)) for t, d in zip(values, dims, strict=True)]
-
-    def run(leaves, given, seen):
-        return one(tree_unflatten(leaves, layout), given, seen)
-
-    in_dims = ([None if t is None else 0 for t in leaves], dims, seen_dims)
-    mapped = torch.vmap(run, in_dims, out_dim, randomness="different")
-    found = mapped(leaves, split(given, dims), split(seen, seen_dims))
-    if isinstance(found, Tensor):
-        return found.flatten(out_dim, out_dim + 1)
-    return [t.flatten(out_dim, out_dim + 1) for t in found]
-
-
-@contextlib.contextmanager
-def _holding(values: Any) -> Iterator[None]:
-    """Puts tensors into their modules' `__dict__`, which wins over parameters, inside the `with`."""
-    values = list(values)
-    before = [(module, name, module.__dict__[name]) for (module, name), _ in values if name in module.__dict__]
-    for (module, name), value in values:
-        module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        for (module, name), _ in values:
-            del module.__dict__[name]
-        for module, name, value in before:
-            module.__dict__[name] = value
-
-
-def _turn():
-    return contextlib.nullcontext() if torch.compiler.is_compiling() else _turns
 
 
 def _index(context: Context) -> Tensor:
@@ -392,11 +276,6 @@ def _index(context: Context) -> Tensor:
 def _refuse_batch_statistics(module: nn.Module) -> None:
     if any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
         raise UsageError("batch statistics of one adapter cannot be taken over rows of several: train them one by one")
-
-
-def _divides(num: int, found: int) -> None:
-    if found % num:
-        raise UsageError(f"per_sample has {num} rows, a site gets {found}")
 
 
 def _nothing(module: nn.Module, args) -> None:

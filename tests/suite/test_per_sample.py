@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from adaptsuite import attach, get_handle, load_adapter
 from adaptsuite.errors import UsageError
 from adaptsuite.host import place
+from adaptsuite.lean import make_lean
 from adaptsuite.testing import HOSTS
 from adaptsuite.verify import _perturb
 
@@ -124,8 +125,8 @@ def test_an_embedded_backbone_with_heads_of_different_classes():
 # ---- gradients
 
 
-@pytest.mark.parametrize("specs", [LORA, MIXED], ids=["lora", "mixed"])
-def test_gradients_reach_each_adapter_from_its_rows_alone(specs):
+@pytest.mark.parametrize(("specs", "lean"), [(LORA, False), (MIXED, False), (MIXED, True)])
+def test_gradients_reach_each_adapter_from_its_rows_alone(specs, lean):
     host = tiny("timm_vit")
     handles = adapted(host, specs)
     index = [0, -1, *range(len(specs))]
@@ -137,6 +138,8 @@ def test_gradients_reach_each_adapter_from_its_rows_alone(specs):
             loss = outputs(host, pick[row : row + 1]).square().sum()
             grads = torch.autograd.grad(loss, list(handles[i].trained().values()), allow_unused=True)
             expected[i] = [e if g is None else e + g for e, g in zip(expected[i], grads, strict=True)]
+    if lean:
+        make_lean(handles[0].bank)
     handles[0].activate(per_sample=torch.tensor(index))
     outputs(host, pick).square().sum().backward()
     for i, handle in enumerate(handles):
@@ -146,9 +149,10 @@ def test_gradients_reach_each_adapter_from_its_rows_alone(specs):
     assert all(p.grad is None for n, p in host.model.named_parameters() if "adapter_bank" not in n)
 
 
-def test_a_checkpointed_block_is_recomputed_with_the_index_of_its_own_forward():
+@pytest.mark.parametrize("specs", [LORA, BOTTLENECK, BITFIT], ids=["lora", "bottleneck", "bitfit"])
+def test_a_checkpointed_block_is_recomputed_with_the_index_of_its_own_forward(specs):
     host = tiny("timm_vit")
-    handles = adapted(host, LORA)
+    handles = adapted(host, specs)
     host.model.set_grad_checkpointing(True)
     host.model.train()
     gradients = []
@@ -182,7 +186,7 @@ def test_batch_statistics_are_refused_in_training():
 @pytest.fixture
 def stacks(monkeypatch):
     """How many stacks were made."""
-    from adaptsuite.per_sample import Stack
+    from adaptsuite.stacks import Stack
 
     made, original = [], Stack._stacked
     monkeypatch.setattr(Stack, "_stacked", lambda self: made.append(1) or original(self))
