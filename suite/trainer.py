@@ -38,6 +38,7 @@ from adaptsuite.checkpoint import (
     with_prefix,
     without_prefix,
 )
+from adaptsuite.compiled import compile_host, reason, uncompile
 from adaptsuite.depth import layer_factor
 from adaptsuite.devices import (
     Processes,
@@ -50,6 +51,7 @@ from adaptsuite.devices import (
 )
 from adaptsuite.errors import DataError, Diverged, ResourceError, UsageError, nearest
 from adaptsuite.interrupt import Signals
+from adaptsuite.lean import lean
 from adaptsuite.metrics import LOWER
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
@@ -58,7 +60,7 @@ from adaptsuite.progress import Progress
 __all__ = ["FitResult", "Plan", "Task", "fit", "pick_device", "predict_all", "rank"]
 
 # settings that may change between a run and its continuation
-FREE = ("device", "workers", "max_skips", "checkpoint_steps", "tensorboard")
+FREE = ("device", "workers", "max_skips", "checkpoint_steps", "tensorboard", "lean", "memory_limit")
 # attributes of a run that its checkpoints hold, beside tensors
 POSITION = ("epoch", "step", "micro", "skips", "skipped", "epoch_skipped", "epoch_loss", "epoch_samples")
 POSITION += ("history", "best_epoch", "seconds", "epoch_seconds")
@@ -115,7 +117,7 @@ def fit(
     Raises UsageError, DataError, ResourceError, and Diverged after plan.max_skips non-finite steps in a row.
     """
     handle = _Everything(model) if handle is None else handle
-    with Signals() as signals:
+    with Signals() as signals, _compiled(model, plan):
         run = _Run(model, task, train, val, plan, None if out is None else Path(out), handle, signals, until)
         with run.progress:
             run.resume()
@@ -124,6 +126,23 @@ def fit(
                 return run.finish()
             run.progress.line("interrupted" if out is None else f"interrupted: the same command goes on from {out}")
     signals.take_effect()
+
+
+@contextlib.contextmanager
+def _compiled(model: nn.Module, plan: Plan) -> Iterator[None]:
+    """The model as one compiled graph while it trains, where the plan says so."""
+    if not plan.compile:
+        yield
+        return
+    compile_host(model, plan.lean)
+    try:
+        yield
+    except RuntimeError as error:
+        if said := reason(error):
+            raise said from error
+        raise
+    finally:
+        uncompile(model)
 
 
 class _Run:
@@ -218,7 +237,7 @@ class _Run:
         for index, piece in enumerate(self._pieces(self.step)):
             batch = to_device(next(batches), self.device)
             seed_all(self.plan.seed, self.epoch, self.step, index, self.processes.rank)
-            with autocast(self.device, self.plan.precision):
+            with autocast(self.device, self.plan.precision), self._saving():
                 loss, extra = self.task.loss(self.model, batch), self.regulariser()
             loss = (loss if extra is None else loss + extra) * (len(piece) / num)
             if not loss.requires_grad:
@@ -226,6 +245,10 @@ class _Run:
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
+
+    def _saving(self):
+        """How activations are saved; a compiled graph has made its choice when it was compiled."""
+        return lean() if self.plan.lean and not self.plan.compile else contextlib.nullcontext()
 
     def _update(self, loss: Tensor) -> bool:
         """One optimiser step, unless loss or gradient are not finite; returns whether a stop was asked for."""
