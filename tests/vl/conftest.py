@@ -67,7 +67,7 @@ def image_model(kind):
         return t.ViTModel(
             t.ViTConfig(**{**VISION, "hidden_size": 48, "num_attention_heads": 2}), add_pooling_layer=False
         )
-    text = dict(**SHAPE, vocab_size=20, max_position_embeddings=16)
+    text = dict(**SHAPE, vocab_size=20, max_position_embeddings=16, bos_token_id=0, eos_token_id=2)
     if kind == "clip":
         return t.CLIPModel(t.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16))
     return t.SiglipModel(t.SiglipConfig(text_config={**text, "projection_size": 32}, vision_config=VISION))
@@ -87,6 +87,7 @@ def folder(tmp_path_factory):
             image_model(kind).save_pretrained(path)
             said = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 2, "do_center_crop": True}
             (path / "preprocessor_config.json").write_text(json.dumps(said))
+            tokenizer_folder(path)
         else:
             model = whole_model(kind) if kind in ("llava", "blip2") else text_model(kind)
             with torch.no_grad():

@@ -134,3 +134,26 @@ def test_other_domains_have_no_components(capsys):
 def test_full_fine_tuning_cannot_be_put_on_components():
     with pytest.raises(UsageError, match="method 'full' has no sites"):
         adapted(DOMAIN, recipe("embedded:vl-tiny", method="full", components={"image_encoder": "adapt"}), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "backbone, code, message",
+    [
+        ("pair:timm:vit_tiny_patch16_224", 2, "pair:IMAGE+TEXT is expected"),
+        ("pair:timm:vit_tinny_patch16_224+embedded:vl-tiny", 2, "did you mean vit_tiny"),
+        ("pair:embedded:vl-tiny+hf:./nowhere", 2, "it has no config.json"),
+        ("embedded:vision-tiny", 2, "no pair of an image and a text encoder"),
+    ],
+)
+def test_backbones_that_are_no_pair_are_one_line(backbone, code, message, adapt):
+    _, err = adapt("doctor", "--backbone", backbone, "--method", "lora", code=code)
+    assert message in err and err.count("\n") == 1, err
+
+
+def test_a_folder_without_a_tokenizer_is_exit_5(folder, tmp_path, adapt):
+    import shutil
+
+    shutil.copytree(folder("bert"), tmp_path / "bert", ignore=shutil.ignore_patterns("tokenizer*"))
+    backbone = f"pair:embedded:vl-tiny+hf:{tmp_path / 'bert'}"
+    _, err = adapt("doctor", "--backbone", backbone, "--method", "lora", code=5)
+    assert "its tokenizer cannot be had" in err and err.strip().count("\n") == 0, err
