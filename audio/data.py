@@ -198,6 +198,8 @@ class Windows:
     gives several windows, and `mean_by_row` joins what the model says of them.
     """
 
+    input = "wave"  # what a cache of features stands in for
+
     def __init__(
         self,
         paths: Sequence[Path],

@@ -184,6 +184,11 @@ class AudioTask:
             loss = F.cross_entropy(logits, target, label_smoothing=a.label_smoothing)
         return loss + model.head.regulariser() if isinstance(model.head, PrototypeHead) else loss
 
+    def drawn(self, model: AudioModel) -> list[str]:
+        """Fields of `augment` that draw at random in training."""
+        names = ("freq_mask", "time_mask", "mixup", "gain_db", "roll", "noise")
+        return [name for name in names if getattr(self.augment, name)]
+
     def predict(self, model: AudioModel, batch: dict[str, Any]) -> Tensor:
         return model(batch["wave"], batch["length"])
 

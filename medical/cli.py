@@ -159,7 +159,7 @@ def probe(
     from adaptsuite.medical.probes import run
 
     console = Console(as_json)
-    found = run(DOMAIN, read_recipe(DOMAIN, {**locals(), "size": (SIZE, size)}))
+    found = run(DOMAIN, read_recipe(DOMAIN, {**locals(), "size": (SIZE, size)}), console.say)
     for name in ("knn", "linear"):
         for metric, value in found[name].items():
             if value["ci"]:

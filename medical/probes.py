@@ -4,7 +4,7 @@ As in DINOv2's evaluation and in "Towards general purpose vision foundation mode
 (arXiv:2312.02366): what an adapter has to beat.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from adaptsuite import experiment, metrics
 from adaptsuite import recipe as recipes
-from adaptsuite.domain import Domain
+from adaptsuite.cache import Cache
+from adaptsuite.domain import HEAD, Domain
 from adaptsuite.errors import UsageError
 from adaptsuite.features import num_prefix
 from adaptsuite.manifest import Manifest, split
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
 from adaptsuite.recipe import Recipe
+from adaptsuite.replay import decisive, rows_digest
 from adaptsuite.sites import find_sites
 
 K, TEMPERATURE, SMOOTHING = 5, 0.07, 1.0
@@ -75,14 +77,30 @@ def _tokens(out: Any) -> Tensor:
     return x.flatten(1, 2) if x.ndim == 4 else x
 
 
-def features(domain: Domain, recipe: Recipe, manifest: Manifest, blocks: int = max(BLOCKS)) -> Features:
-    """Of every row of a table, the mean over its frames."""
+def features(
+    domain: Domain,
+    recipe: Recipe,
+    manifest: Manifest,
+    blocks: int = max(BLOCKS),
+    say: Callable[[str], None] = lambda line: None,
+) -> Features:
+    """Of every row of a table, the mean over its frames; from the cache unless plan.cache is off."""
     model, plan = domain.model(recipe, manifest.classes), recipes.build(Plan, recipe.plan, "plan")
-    dataset = domain.dataset(model, [r.path for r in manifest.rows], None)
-    task = _Reading(model.backbone, blocks)
-    raw, _ = predict_all(model, task, dataset, plan.batch_size, plan.device, workers=plan.workers)
-    rows = dataset.mean_by_row(raw).reshape(len(manifest), len(task.paths) + 1, -1)
-    return Features(rows[:, :-1], rows[:, -1])
+    paths, task = [r.path for r in manifest.rows], _Reading(model.backbone, blocks)
+
+    def computed() -> dict[str, np.ndarray]:
+        dataset = domain.dataset(model, paths, None)
+        raw, _ = predict_all(model, task, dataset, plan.batch_size, plan.device, workers=plan.workers)
+        rows = dataset.mean_by_row(raw).reshape(len(manifest), len(task.paths) + 1, -1)
+        return {"cls": rows[:, :-1], "mean": rows[:, -1]}
+
+    if plan.cache == "off":
+        return Features(**computed())
+    facts = {**decisive(domain, recipe, model, (HEAD,), plan), "reads": task.paths, "rows": rows_digest(paths)}
+    cache = Cache()
+    found, hit = cache.arrays(facts, computed)
+    say(f"cache   features of {len(paths)} rows: {'found' if hit else 'computed'}, in {cache.folder}")
+    return Features(**found)
 
 
 def neighbours(
@@ -164,7 +182,9 @@ def grid_heads(
     return heads
 
 
-def probe(domain: Domain, recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
+def probe(
+    domain: Domain, recipe: Recipe, manifest: Manifest, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """kNN and the grid's best head on the test rows: {"knn", "linear"}: metrics, and the head's "choice" and "grid".
 
     The head is chosen on validation rows, then trained anew on training and validation rows. kNN knows both.
@@ -172,7 +192,7 @@ def probe(domain: Domain, recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     fold = split(manifest, recipe.data.test, recipe.data.val, recipe.data.cv, recipe.seeds[0], recipe.data.shots)[0]
     if not len(fold.val) or not len(fold.test):
         raise UsageError("probe: validation rows choose the head and test rows judge it; the split lacks one of them")
-    found, classes = features(domain, recipe, manifest), len(manifest.classes)
+    found, classes = features(domain, recipe, manifest, say=say), len(manifest.classes)
     targets, blocks = manifest.targets(), [b for b in BLOCKS if b <= found.cls.shape[1]]
     choices = [(b, pool) for b in blocks for pool in POOLS]
     inputs = [found.read(*choice) for choice in choices]
@@ -199,10 +219,10 @@ def probe(domain: Domain, recipe: Recipe, manifest: Manifest) -> dict[str, Any]:
     return {**result, "choice": best, "grid": grid, "k": K, "temperature": TEMPERATURE}
 
 
-def run(domain: Domain, recipe: Recipe) -> dict[str, Any]:
+def run(domain: Domain, recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """`probe` of a recipe's table and backbone."""
     settled, manifest = experiment.settle(domain, replace(recipe, method="linear"))
-    return probe(domain, settled, manifest)
+    return probe(domain, settled, manifest, say)
 
 
 @torch.no_grad()

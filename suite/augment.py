@@ -26,9 +26,17 @@ class Augment:
     cutmix: float = 0.0  # the same for patches of another picture (arXiv:1905.04899); with both, one of them at random
     label_smoothing: float = 0.0  # share of the target given to all classes alike; to 1/2 each for several labels
 
+    def drawn(self, slack: bool) -> list[str]:
+        """Fields that draw at random. slack: whether pictures are larger than the input."""
+        names = ("flip", "flip_vertical", "rand_augment", "colour", "erase", "mixup", "cutmix")
+        crops = self.crop == "resized" or (self.crop == "random" and slack)
+        return ["crop"] * crops + [name for name in names if getattr(self, name)]
+
 
 def augment(image: Tensor, size: tuple[int, int], a: Augment) -> Tensor:
     """(B, 3, H, W) uint8 -> (B, 3, *size) in [0, 1], each picture with draws of its own."""
+    if not a.drawn(slack=tuple(image.shape[-2:]) != tuple(size)):
+        return crop(image, size).float() / 255
     return torch.stack([_augmented(picture, size, a) for picture in image])
 
 

@@ -28,6 +28,7 @@ from adaptsuite.method import Method, method_class, resolve
 from adaptsuite.plan import Plan
 from adaptsuite.rates import Choice, choose, plans_of, section
 from adaptsuite.recipe import Recipe
+from adaptsuite.replay import CachedParts, cached
 from adaptsuite.report import Run, comparison_row, read_run, write_run
 from adaptsuite.trainer import fit, predict_all
 from adaptsuite.verify import verify
@@ -200,7 +201,7 @@ def train_one(
     handle = adapt(domain, recipe, manifest.classes, decide)
     recipe = replace(domain.decided(recipe, handle.model), method_settings=asdict(handle.method))
     verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
-    work = _Work(domain, recipe, manifest, datasets, handle)
+    work = _Work(domain, recipe, manifest, cached(domain, recipe, handle, datasets, plans[0], say), handle)
     fresh = copied(handle.state()) if recipe.refit else {}
     choice = work.choose(plans, fold, out, say)
     both = {name: datasets.part(handle.model, getattr(fold, name)) for name in ("train", "val")}
@@ -253,7 +254,7 @@ class _Work:
     domain: Domain
     recipe: Recipe
     manifest: Manifest
-    datasets: "Parts"
+    datasets: "Parts | CachedParts"
     handle: Handle
 
     def choose(self, plans: Sequence[Plan], fold: Fold, out: Path, say: Callable[[str], None]) -> Choice:
@@ -284,19 +285,20 @@ class _Work:
         return [said, *(note for note in again.notes if note not in choice.fit.notes)]
 
     def task(self, rows: np.ndarray):
-        return self.domain.task(self.recipe, self.manifest.classes, class_counts(self.manifest, rows))
+        counts = class_counts(self.manifest, rows)
+        return self.datasets.task(self.domain.task(self.recipe, self.manifest.classes, counts))
 
     def started(self, rows: np.ndarray, plan: Plan):
         """The rows as training data, once the head is started on them where the recipe says so."""
         dataset = self.datasets.part(self.handle.model, rows)
         if self.recipe.head.get("start") == "probe" and self.handle.model.linear_head:
             start_head(self.handle, self.task(rows), dataset, plan)
-        return dataset
+        return self.datasets.part(self.handle.model, rows, training=True)
 
     def outputs(self, rows: np.ndarray, plan: Plan) -> np.ndarray:
         """(rows, K) scores."""
         model, task = self.handle.model, self.domain.task(self.recipe, self.manifest.classes)
-        dataset = self.datasets.part(model, rows)
+        dataset, task = self.datasets.part(model, rows), self.datasets.task(task)
         return self.domain.outputs(model, task, dataset, plan)
 
 
@@ -364,10 +366,16 @@ def linear_probe(features: np.ndarray, targets: np.ndarray, num_classes: int) ->
 class Parts:
     """Datasets of row numbers; decoded files are shared by all folds and seeds of a run."""
 
-    def __init__(self, domain: Domain, manifest: Manifest):
+    def __init__(self, domain: Domain, manifest: Manifest, used: Sequence[int] = (), trained: Sequence[int] = ()):
         self.domain, self.manifest = domain, manifest
+        self.used, self.trained = np.array(used, int), np.array(trained, int)  # rows of all folds and seeds
 
-    def part(self, model: nn.Module, indices: np.ndarray):
+    def task(self, task):
+        """What trains and scores these data sets."""
+        return task
+
+    def part(self, model: nn.Module, indices: np.ndarray, training: bool = False):
+        """None without a row. training: as an epoch draws them, where that is otherwise than scoring sees them."""
         if not len(indices):
             return None
         subset = self.manifest.subset(indices)
@@ -384,11 +392,15 @@ def train(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Every fold with every seed of a settled recipe; (result as `adapt … train --json` prints it, outcomes)."""
     start, out = time.perf_counter(), Path(out)
-    data, parts, outcomes = recipe.data, Parts(domain, manifest), []
+    data, outcomes = recipe.data, []
     plans = [(seed, fold) for seed in recipe.seeds for fold in _folds(manifest, data, seed)]
     for seed, fold in plans:
         plans_of(recipe, fold, seed)  # refuses before any work
     used = np.unique(np.concatenate([getattr(fold, part) for _, fold in plans for part in fold.sizes]))
+    trained = np.unique(
+        np.concatenate([getattr(f, part) for _, f in plans for part in ("train", "val")[: 1 + recipe.refit]])
+    )
+    parts = Parts(domain, manifest, used, trained)
     remarks = _prepare(domain, domain.model(recipe, manifest.classes), manifest.subset(used))
     remarks += domain.doubts(recipe, manifest, [fold for _, fold in plans])
     for remark in remarks:

@@ -17,6 +17,8 @@ from adaptsuite.memory import Memory
 class Images:
     """Map-style dataset: {"image": (3, h, w) uint8 before the crop, "label", "item"}."""
 
+    input = "image"  # what a cache of features stands in for
+
     def __init__(
         self, paths: Sequence[Path], targets: np.ndarray | None, front_end: FrontEnd, memory: Memory | None = None
     ):

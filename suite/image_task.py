@@ -123,6 +123,10 @@ class ImageTask:
         weights = None if self.weights is None else self.weights.to(logits)
         return F.cross_entropy(logits, target, weights, label_smoothing=a.label_smoothing)
 
+    def drawn(self, model: ImageModel) -> list[str]:
+        """Fields of `augment` that draw at random in training."""
+        return self.augment.drawn(model.front_end.resized != model.front_end.size)
+
     def predict(self, model: ImageModel, batch: dict[str, Any]) -> Tensor:
         return self._mean(model, batch["image"])
 

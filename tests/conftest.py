@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -13,6 +15,8 @@ import pytest
 # a busy machine is no failure
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
+
+CACHE = os.environ["ADAPTSUITE_CACHE"] = tempfile.mkdtemp(prefix="adaptsuite-cache-")  # not the user's own
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ADAPTSUITE_DATA", ROOT.parent / "shared" / "data"))
@@ -64,6 +68,10 @@ def adapt(request, capsys):
         return json.loads(out) if "--json" in arguments and not code else out, err
 
     return run
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter):
