@@ -148,9 +148,9 @@ class _Saving(TorchFunctionMode):
         out = function(*args, **kwargs)
         if torch.compiler.is_compiling():  # a part of the model is traced
             return out
-        cheap = function in CHEAP or function in PRODUCT and self._factors_stay(*args)
+        cheap = function in CHEAP or function in PRODUCT and len(args) == 2 and self._factors_stay(*args)
         # without a gradient the function's input is not kept either; in place it is gone
-        if cheap and out.requires_grad and out is not args[0]:
+        if cheap and out.requires_grad and not any(out is value for value in (*args, *kwargs.values())):
             self.made[out] = _Made(function, args, kwargs, _autocast(out.device.type), out._version)
             out.grad_fn.metadata["made"] = TensorWeakRef(out)
         return out

@@ -222,6 +222,16 @@ def test_budget_is_what_a_lean_step_keeps():
     assert (found.macs, found.training_flops) == (plain.macs, plain.training_flops)
 
 
+def test_arguments_by_name_are_seen_too():
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def f():
+        h = F.layer_norm(input=x, normalized_shape=(8,))
+        return F.linear(torch.mul(input=F.gelu(input=h), other=h), torch.randn(8, 8, requires_grad=True))
+
+    assert plainly_kept(f)[0] - kept(f)[0] == 2 * x.nbytes  # h and its GELU; a product is seen by position only
+
+
 def test_nothing_outlives_backward():
     gc.disable()  # a cycle would be found by the collector alone
     try:
