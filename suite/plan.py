@@ -41,6 +41,9 @@ class Plan:
     workers: int = 0  # data processes
     checkpoint_steps: int | None = None  # also a checkpoint every so many steps; None: at epoch ends
     tensorboard: bool = False
+    lean: bool = False  # norms and activations are computed again in backward instead of kept (adaptsuite.lean)
+    compile: bool = False  # the adapted model as one graph of torch.compile
+    memory_limit: float | None = None  # GB of a step, of the commands: lean, then smaller batches (memory_limit.py)
     # of the commands: features of the frozen part on disk. auto: of probes, where nothing is drawn at random; a number:
     # of every method with a frozen part below it, of so many augmented views a sample (adaptsuite.replay)
     cache: Literal["auto", "off"] | int = "auto"
@@ -57,7 +60,7 @@ class Plan:
         )
         for name in ("workers", "max_skips", "seed", "warmup_steps"):
             self._expect(name, lambda v: isinstance(v, int) and v >= 0, "a whole number from 0")
-        for name in ("lr", "head_lr", "eps", "clip"):
+        for name in ("lr", "head_lr", "eps", "clip", "memory_limit"):
             self._expect(name, lambda v: 0 < v < float("inf"), "a number above 0")
         for name in ("weight_decay", "min_lr"):
             self._expect(name, lambda v: 0 <= v < float("inf"), "a number from 0")

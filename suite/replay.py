@@ -179,7 +179,7 @@ class _Making:
         self.model.to(self.device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise NoPrefix("several processes train")
-        if getattr(plan, "compile", False):
+        if plan.compile:
             raise NoPrefix("the model is compiled whole")
         self.dataset = parts.part(self.model, parts.used)
         self.task = domain.task(recipe, parts.manifest.classes)
