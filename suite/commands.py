@@ -101,7 +101,11 @@ def domain_app(
 
     @app.command()
     def info(
-        backbone: Backbone = None, random_weights: RandomWeights = False, size: Size = None, as_json: Json = False
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        setting: Setting = None,
+        size: Size = None,
+        as_json: Json = False,
     ) -> None:
         """List methods, recipes and backbones; with --backbone, what that one is and where adapters can go."""
         from adaptsuite.inspection import backbone_info, domain_info

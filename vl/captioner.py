@@ -2,8 +2,8 @@
 
 What the image encoder gives at last, V, reaches the words as in `adaptsuite.vl.paired`: adapters read it from their
 context, and it may stand before the words as a visual prefix; a linear prefix of one pooled vector is Embedding-to-
-Prefix (arXiv:2505.17051). The loss is that of the next word for every word of the caption and for its end
-(arXiv:2403.09377, section 4.2).
+Prefix (Huber et al. 2025, arXiv:2505.17051). The loss is that of the next word, for every word of the caption and for
+its end; routing functions on such a pair are of arXiv:2403.09377.
 """
 
 from contextlib import nullcontext

@@ -1,13 +1,13 @@
 """Captions of generated scenes by the embedded pair: routing beside plain LoRA and a baseline that sees no picture.
 
 python tests/benchmarks/vl_captions.py [--seeds 0,1,2] [--steps 600] [--rows "A;B"] [--tests 400] [--beams 1]
-    [--weights FILE] [--json FILE]
+    [--tokens cls|patches|all] [--lr 3e-3] [--json FILE]
 
 Both encoders are frozen. LoRA of rank 16 on query and value of all layers of the language model, equally many values in
-every row, and CLS as a visual prefix in every row; AdamW 3e-3, batch 64, 6000 pictures of training scenes with captions
-drawn anew at each step, the same in every row. Captions of pictures of other scenes are scored by CIDEr-D and BLEU-4
-against 5 captions each, which have the objects in random orders, and by how many of the four objects (colour, shape,
-place) they name rightly: a caption in any order may have all of them.
+every row, and V (CLS, if not said otherwise) as a visual prefix in every row; AdamW, batch 64, 6000 pictures of train
+scenes with captions drawn anew at each step, the same in every row. Captions of pictures of other scenes are scored by
+CIDEr-D and BLEU-4 against 5 captions each, which have the objects in random orders, and by how many of the four objects
+(colour, shape, place) they name rightly: a caption in any order may have all of them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from adaptsuite.host import attach  # noqa: E402
 from adaptsuite.vl import synthetic  # noqa: E402
 from adaptsuite.vl.blind import blank_of  # noqa: E402
 from adaptsuite.vl.captioner import CaptionModel, CaptionTask  # noqa: E402
-from adaptsuite.vl.demo import pool  # noqa: E402
+from adaptsuite.vl.demo import pool, tokens_of  # noqa: E402
 from adaptsuite.vl.scores import caption_scores  # noqa: E402
 from adaptsuite.vl.settings import CaptionSettings  # noqa: E402
 
@@ -49,26 +49,24 @@ def objects_named(text: str, scene: int) -> float:
     return len(truth & {part.strip() for part in text.split(",")}) / len(truth)
 
 
-def train(pair, data, steps: int, seed: int, settings: dict, blind: bool):
+def train(pair, data, given, seed: int, settings: dict, blind: bool):
     """(handle of the adapter, the V of every picture where it is blind)."""
     torch.manual_seed(seed)
-    model = CaptionModel(pair, CaptionSettings(words=30)).eval()
+    model = CaptionModel(pair, CaptionSettings(words=30), given.tokens).eval()
     torch.manual_seed(seed)
-    sample = {**model.tokenizer(["red circle"] * 2), "features": data.features[:2, :1]}
+    v, steps = tokens_of(data.features, given.tokens), given.steps
+    sample = {**model.tokenizer(["red circle"] * 2), "features": v[:2]}
     handle = attach(model, sample=sample, head="head", **{**LORA, **settings})
-    blank = blank_of(data.features[:, :1]) if blind else None
+    blank = blank_of(v) if blind else None
     groups = [{"params": g["params"], "scale": g["lr_scale"]} for g in handle.trainable()]
-    optimizer, rng, task = (
-        torch.optim.AdamW(groups, lr=3e-3, weight_decay=0.0),
-        np.random.default_rng([seed, 3]),
-        CaptionTask(),
-    )
+    optimizer = torch.optim.AdamW(groups, lr=given.lr, weight_decay=0.0)
+    rng, task = np.random.default_rng([seed, 3]), CaptionTask()
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * group["scale"] * min((step + 1) / (0.05 * steps), 1 - step / steps)
+            group["lr"] = given.lr * group["scale"] * min((step + 1) / (0.05 * steps), 1 - step / steps)
         rows = rng.integers(0, len(data.scenes), BATCH)
-        features = data.features[rows, :1] if blank is None else blank.expand(BATCH, -1, -1)
+        features = v[rows] if blank is None else blank.expand(BATCH, -1, -1)
         loss = task.loss(model, {**model.tokenizer(synthetic.captions(data.scenes[rows], rng)), "features": features})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -80,7 +78,7 @@ def train(pair, data, steps: int, seed: int, settings: dict, blind: bool):
 def score(handle, blank, held, references, beams: int) -> dict:
     model, said = handle.model, []
     for start in range(0, len(held.scenes), 100):
-        features = held.features[start : start + 100, :1]
+        features = tokens_of(held.features[start : start + 100], model.tokens)
         features = features if blank is None else blank.expand(features.shape)
         said += map(model.tokenizer.decode, model.generate(features=features, num_beams=beams))
     found = caption_scores(said, references, held.scenes.tolist())
@@ -98,6 +96,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--tests", type=int, default=400)
     parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--tokens", choices=("cls", "patches", "all"), default="cls")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--rows", help="some of the rows, by ;")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -111,7 +111,7 @@ def main() -> None:
     for seed in map(int, given.seeds.split(",")):
         for name in given.rows.split(";") if given.rows else rows:
             start = time.perf_counter()
-            handle, blank = train(pair, data, given.steps, seed, *rows[name])
+            handle, blank = train(pair, data, given, seed, *rows[name])
             one = {
                 **score(handle, blank, held, references, given.beams),
                 "trained": handle.parameters_count()["trained"],

@@ -375,6 +375,11 @@ def test_doctor_finds_every_method_alive(adapt):
         assert found["ok"]
 
 
+def test_info_says_where_adapters_of_a_writing_pair_can_go(adapt):
+    found, _ = adapt("info", *BACKBONE, "--json")
+    assert found["sites"]["attn.q"] == 8 and "prefix plain" in found["input"]
+
+
 # ---- a language model of one's own
 
 
