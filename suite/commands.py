@@ -38,6 +38,7 @@ Epochs = Annotated[int | None, typer.Option("--epochs")]
 Lr = Annotated[float | None, typer.Option("--lr", help="Largest learning rate.")]
 BatchSize = Annotated[int | None, typer.Option("--batch-size")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+LastK = Annotated[str | None, typer.Option("--last-k", help="Adapt the last K blocks only (all: a table of every K).")]
 Out = Annotated[str | None, typer.Option("--out", help="Folder of the run.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; human lines go to stderr.")]
@@ -149,14 +150,21 @@ def domain_app(
         setting: Setting = None,
         recipe_name: RecipeName = None,
         batch_size: BatchSize = None,
+        last_k: LastK = None,
         size: Size = None,
         as_json: Json = False,
     ) -> None:
         """Parameters, MACs, activation bytes and file size of a training, before it is run."""
-        from adaptsuite.budget import describe
-        from adaptsuite.experiment import budget_of
+        from adaptsuite.budget import describe, describe_depths
+        from adaptsuite.experiment import budget_of, budgets_of
 
         console = Console(as_json)
+        if last_k == "all":
+            depths = budgets_of(domain(), recipe(locals()))
+            console.say(*describe_depths(depths))
+            console.result({"last_k": [{"last_k": k, **own.as_dict()} for k, own in depths.items()]})
+            return
+        setting = [*(setting or ()), *([] if last_k is None else [f"last_k={last_k}"])]
         found = budget_of(domain(), recipe(locals()))
         console.say(*describe(found))
         for note in found.notes:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from adaptsuite.domain import Domain, Said
 from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.host import Handle, attach
 from adaptsuite.manifest import LABELLED, Fold, Manifest, matching, split, write_csv
+from adaptsuite.memory_limit import LIMITED, within
 from adaptsuite.method import Method, method_class, resolve
 from adaptsuite.plan import Plan
 from adaptsuite.rates import Choice, choose, plans_of, section
 from adaptsuite.recipe import Recipe
 from adaptsuite.replay import CachedParts, cached
 from adaptsuite.report import Run, comparison_row, read_run, write_run
+from adaptsuite.sites import component_info
 from adaptsuite.trainer import fit, predict_all
 from adaptsuite.verify import verify
 
@@ -121,7 +124,7 @@ def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Reci
     if not recipe.method:
         raise UsageError(f"no method: name one with --method (adapt {domain.name} info lists them)")
     sections = {**domain.sections, "method_settings": method_class(recipe.method)}
-    given = domain.defaults(recipe.method)
+    given = domain.defaults_of(recipe)
     rate = recipe.rates.get(recipe.method, recipe.rates.get("default"))
     if rate is not None:
         given["plan"] = {**given["plan"], "lr": rate}
@@ -146,7 +149,8 @@ def adapt(
     method = decide(resolve(recipe.method, **recipe.method_settings), model)
     torch.manual_seed(recipe.seeds[0])
     method, head, rates = domain.placed(recipe, model, method)
-    handle = attach(model, method, sample=domain.sample(model), train_norms=domain.train_norms, head=head)
+    settings = dict(train_norms=domain.train_norms, head=head, last_k=recipe.last_k)
+    handle = attach(model, method, sample=domain.sample(model), **settings)
     handle.adapter.rates |= rates
     return handle
 
@@ -201,6 +205,8 @@ def train_one(
     handle = adapt(domain, recipe, manifest.classes, decide)
     recipe = replace(domain.decided(recipe, handle.model), method_settings=asdict(handle.method))
     verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
+    limited = within(plans[0], handle, partial(domain.sample, handle.model), say)
+    plans = [replace(plan, **{name: getattr(limited, name) for name in LIMITED}) for plan in plans]
     work = _Work(domain, recipe, manifest, cached(domain, recipe, handle, datasets, plans[0], say), handle)
     fresh = copied(handle.state()) if recipe.refit else {}
     choice = work.choose(plans, fold, out, say)
@@ -843,6 +849,11 @@ def write_predictions(path: Path, predictions: Sequence[dict[str, Any]]) -> None
 
 def budget_of(domain: Domain, recipe: Recipe):
     """What one training step would cost (adaptsuite.budget.Budget); with data, for its classes and input length."""
+    return next(iter(budgets_of(domain, recipe, [recipe.last_k]).values()))
+
+
+def budgets_of(domain: Domain, recipe: Recipe, depths: Sequence[int | None] = ()) -> dict[int | None, Any]:
+    """last_k -> adaptsuite.budget.Budget, for these depths or for every number of last blocks."""
     from adaptsuite.budget import budget
 
     if recipe.data.manifest:
@@ -852,9 +863,12 @@ def budget_of(domain: Domain, recipe: Recipe):
         recipe, classes = complete(domain, recipe), ("a", "b")
     model = domain.model(recipe, classes)
     method = resolve(recipe.method, **recipe.method_settings).without_data()
-    batch = recipes.build(Plan, recipe.plan, "plan").batch_size
+    plan = recipes.build(Plan, recipe.plan, "plan")
     method, head, _ = domain.placed(recipe, model, method)
-    return budget(model, method, domain.sample(model, batch), train_norms=domain.train_norms, head=head)
+    depths = depths or range(1, max(c.num_blocks for c in component_info(model)) + 1)
+    settings = dict(train_norms=domain.train_norms, head=head, lean=plan.lean)
+    sample = domain.sample(model, plan.batch_size)
+    return {k: budget(model, method, sample, last_k=k, **settings) for k in depths}
 
 
 def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[str], dict[str, Any]]:
