@@ -119,12 +119,12 @@ class Classify:
         return {"accuracy": float((outputs.argmax(1) == targets).mean())}
 
 
-def train(method, out=None, until=None, epochs=5, **settings):
+def train(method, out=None, **settings):
     torch.manual_seed(0)
     host = HOSTS["timm_vit"]()
     handle = attach(host.model, method, head="head", **settings)
-    plan = Plan(epochs=epochs, lr=1e-2, batch_size=8, seed=3)
-    return handle, fit(host.model, Classify(), Pictures(32), Pictures(16, 1), plan, out, handle, until=until)
+    plan = Plan(epochs=5, lr=1e-2, batch_size=8, seed=3)
+    return handle, fit(host.model, Classify(), Pictures(32), Pictures(16, 1), plan, out, handle)
 
 
 METHODS = {
@@ -383,3 +383,29 @@ def test_a_loop_of_one_s_own_must_say_how_long_it_is():
 def test_what_cannot_be_is_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         attach(HOSTS["timm_vit"]().model, "adalora", **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_the_commands_reports_where_the_rank_went(tmp_path, method, capsys):
+    """With a choice among rates and a refit, which start anew from the fresh state."""
+    import json
+
+    from PIL import Image
+
+    from adaptsuite.cli import main
+
+    for i in range(24):
+        folder = tmp_path / "data" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (20 + 200 * (i % 2), 10 * i, 90)).save(folder / f"{i}.png")
+    line = f"vision train --backbone embedded:vision-tiny --image-size 48 --epochs 8 --method {method}".split()
+    line += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--set=plan.batch_size=4"]
+    line += ["--set=lr_grid=1e-3,5e-3", "--set=refit=true", *(f"--set={k}={v}" for k, v in METHODS[method].items())]
+    assert main(line) == 0, capsys.readouterr().err
+    record = read_adapter(tmp_path / "run" / "adapter")
+    ranks = record.extra["ranks"]
+    assert sum(ranks.values()) == METHODS[method]["rank"] * len(ranks)
+    extra = json.loads((tmp_path / "run" / "run.json").read_text())["extra"]
+    assert "Where the rank went" in [section["title"] for section in extra]
+    assert "Where the rank went" in (tmp_path / "run" / "report.html").read_text()
