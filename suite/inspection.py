@@ -52,7 +52,7 @@ def _settings(domain: Domain, method: str) -> dict[str, str]:
     found = {}
     for f in fields(cls):
         value = own.get(f.name, f.default)
-        value = ",".join(value) if isinstance(value, tuple) else str(value).lower()
+        value = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
         choices = [str(c) for c in get_args(kinds[f.name])] if get_origin(kinds[f.name]) is Literal else []
         found[f.name] = f"{f.name}={value}" + (f"  ({' or '.join(choices)})" if choices else "")
     return found

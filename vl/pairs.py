@@ -52,9 +52,9 @@ class Pairs(ImageTexts):
         if self.features is not None:
             return blank_of(torch.stack([self.features[i] for i in have]))
         device = next(model.parameters()).device
-        with torch.no_grad():
-            seen = [model.see(self.image(image_of(self.rows[i]))[None].to(device)).cpu() for i in have]
-        return blank_of(torch.cat(seen))
+        with torch.no_grad():  # one at a time: what does not fit into memory as V does not fit as a batch either
+            seen = (model.see(self.image(image_of(self.rows[i]))[None].to(device)).cpu().float() for i in have)
+            return sum(seen) / len(have)
 
     def blind(self, kind: str, blank: Tensor) -> "Pairs":
         """The same rows for a baseline: text_only has the mean image everywhere, image_only an empty question."""

@@ -7,6 +7,7 @@ row's own answer (teacher forcing); answering compares all that can be given.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from adaptsuite.vl.settings import AnswerSettings
 IMAGE = "<image>"  # where the picture's tokens stand in a prompt
 
 
+@cache  # every hook of a command asks
 def is_whole(name: str) -> bool:
     """Whether a backbone's name is that of an image-text-to-text model of transformers."""
     if name.partition(":")[0] not in ("hf", "file"):

@@ -211,6 +211,30 @@ def test_it_keeps_its_promises(family):
     assert all(contract(HOSTS[family], "vl.mixphm", **SMALL).values())
 
 
+def test_encoder_and_decoder_have_summaries_of_their_own():
+    """As in VL-T5: adapters behind all feed-forwards, and terms that are means of each stack's."""
+    from transformers import T5Config, T5Model
+
+    torch.manual_seed(0)
+    shape = dict(d_model=32, d_kv=16, num_heads=2, d_ff=64, num_layers=2, vocab_size=20, dropout_rate=0.0)
+    ids = {"input_ids": torch.randint(3, 20, (2, 5)), "decoder_input_ids": torch.randint(3, 20, (2, 4))}
+    handle = stir(attach(T5Model(T5Config(**shape)), "vl.mixphm", sample=ids, dropout=0.0, **SMALL))
+    assert [site.component for site in handle.sites if site.role == "mlp"] == ["encoder"] * 2 + ["decoder"] * 2
+    handle.model.train()
+    handle.model(**ids)
+    terms, adapter = {}, handle.adapter
+    ends = {s.component: adapter.branches[k].seen for k, s in adapter.sites.items() if s.role == "block"}
+    for key, site in adapter.sites.items():
+        if site.role == "mlp":
+            up, residual, _ = adapter.branches[key].seen
+            sample = torch.arange(2).repeat_interleave(up.shape[1])
+            term = 0.2 * redundancy(up.flatten(0, 1), residual.flatten(0, 1), 2)
+            term = term + 0.04 * alignment(up.flatten(0, 1), ends[site.component], sample)
+            terms.setdefault(site.component, []).append(term)
+    expected = (torch.stack(terms["encoder"]).mean() + torch.stack(terms["decoder"]).mean()) / 2
+    torch.testing.assert_close(handle.regulariser(), expected)
+
+
 # ---- the regulariser
 
 
