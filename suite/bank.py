@@ -36,6 +36,7 @@ class Context:
     grids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # component, or block with its own: as embedded
     grid: tuple[int, ...] | None = None  # that a branch with `needs_grid` stands on
     index: Tensor | None = None  # (B,) place of each row's adapter among the active ones (adaptsuite.per_sample)
+    wiring: int = -1  # number of the Wiring that the index was given for
     recomputed: bool = False  # the forward runs again during backward (checkpointing): statistics were taken already
 
 
@@ -178,7 +179,7 @@ class Bank(nn.Module):
     @contextlib.contextmanager
     def using(self, **context: Any) -> Iterator[None]:
         """Context for what runs inside the `with`: `token_mask`, `features`."""
-        with self.within(Context(index=self.context.index, **context)):
+        with self.within(Context(index=self.context.index, wiring=self.context.wiring, **context)):
             yield
 
     @contextlib.contextmanager
@@ -195,14 +196,15 @@ class Bank(nn.Module):
 
     # ---- what acts
 
-    def activate(self, names: Sequence[str], by_row: bool = False) -> None:
-        """Makes exactly these adapters act, in this order, or each on its own rows; the others are frozen (DDP needs
-        that)."""
+    def activate(self, names: Sequence[str], by_row=None) -> None:
+        """Makes exactly these adapters act, in this order; the others are frozen (DDP needs that).
+
+        by_row: their adaptsuite.per_sample.Wiring, where each acts on its own rows.
+        """
         for n in names:
             if n not in self.adapters:
                 raise LookupError(f"no adapter {n!r} on this model; {nearest(n, self.adapters)}")
-        self.active = list(names)
-        self.by_row = None
+        self.active, self.by_row = list(names), by_row
         in_place = [a for n, a in self.adapters.items() if a.kept is not None and n in names]
         trained = {n for a in in_place for n in a.in_place_names}
         for n, p in self.root.named_parameters():
@@ -210,23 +212,8 @@ class Bank(nn.Module):
                 p.requires_grad_(n in trained)
         for n, adapter in self.adapters.items():
             adapter.requires_grad_(n in names)
-        if by_row:
-            from adaptsuite.per_sample import Wiring  # which builds on this file
-
-            self.by_row = Wiring(self, names)
         self.wire()
         self.root.train(self.training)
-
-    def activate_rows(self, names: Sequence[str], rows: Tensor | Sequence[str | None]) -> None:
-        """Makes each of these adapters act on its own rows (adaptsuite.per_sample)."""
-        from adaptsuite.per_sample import refuse, row_index
-
-        index = row_index(names, rows, next(self.root.parameters()).device)
-        if self.by_row is None or self.active != list(names):
-            refuse(self, names)
-            self.activate(names, by_row=True)
-        self.by_row.refresh()
-        self.context = replace(self.context, index=index)
 
     def wire(self) -> None:
         """Places the hooks anew for the active adapters."""

@@ -316,7 +316,9 @@ class Handle:
         if bank.merged:
             raise UsageError(f"adapter {bank.merged!r} is merged; unmerge it first")
         if per_sample is not None:
-            return bank.activate_rows(names or list(bank.adapters), per_sample)
+            from adaptsuite.per_sample import activate  # few need what it imports
+
+            return activate(bank, names or list(bank.adapters), per_sample)
         bank.activate(names or (self.name,))
         if bank.context.index is not None:
             bank.context = replace(bank.context, index=None)
@@ -326,7 +328,7 @@ class Handle:
         """The plain backbone, inside the `with`."""
         if self.bank.merged:
             raise UsageError(f"adapter {self.bank.merged!r} is merged; unmerge it first")
-        active, by_row, restore = self.bank.active, self.bank.by_row is not None, self._swap_in_place()
+        active, by_row, restore = self.bank.active, self.bank.by_row, self._swap_in_place()
         self.bank.activate(())
         try:
             yield
@@ -549,7 +551,10 @@ class Handle:
         if self.adapter.kept is not None:
             copy_base(self.model, self.adapter.kept)
         del bank.adapters[self.name]
-        bank.activate([n for n in bank.active if n != self.name])
+        left, by_row = [n for n in bank.active if n != self.name], bank.by_row
+        if by_row is not None and left != bank.active:
+            by_row = type(by_row)(bank, left)  # another one: the rows are to be named anew
+        bank.activate(left, by_row)
         if not len(bank.adapters):
             bank.release()
         return self.model

@@ -7,6 +7,7 @@ or bias, such as a norm, the head or an attention with a packed projection, is i
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -34,6 +35,18 @@ from adaptsuite.errors import UsageError, nearest
 from adaptsuite.method import Method
 from adaptsuite.sites import Site, find_sites
 from adaptsuite.stacks import Slot, Stack, divides, holding, over_rows, owned, turn, value_at
+
+_numbers = itertools.count()
+
+
+def activate(bank: Bank, names: Sequence[str], rows: Tensor | Sequence[str | None]) -> None:
+    """What `Handle.activate` does with per_sample."""
+    index = row_index(names, rows, next(bank.root.parameters()).device)
+    if bank.by_row is None or bank.by_row.names != list(names):
+        refuse(bank, names)
+        bank.activate(names, Wiring(bank, names))
+    bank.by_row.refresh()
+    bank.context = replace(bank.context, index=index, wiring=bank.by_row.number)
 
 
 def row_index(names: Sequence[str], rows: Tensor | Sequence[str | None], device: torch.device) -> Tensor:
@@ -289,7 +302,7 @@ class Wiring:
     """Ports and shadows of several adapters whose rows share batches."""
 
     def __init__(self, bank: Bank, names: Sequence[str]):
-        self.bank, self.names = bank, list(names)
+        self.bank, self.names, self.number = bank, list(names), next(_numbers)
         self.ports: dict[tuple[str, bool], Port] = {}
         self.shadows: dict[str, RowShadow] = {}
         self.shared: dict[tuple, Stack] = {}
@@ -312,8 +325,13 @@ class Wiring:
             stack.refresh()
 
     def check_batch(self, module: nn.Module, args, kwargs) -> None:
-        """Of the root: as many rows as the index has."""
-        num, first = len(_index(self.bank.context)), next(tensors_in((args, kwargs)), None)
+        """Of the root: as many rows as the index has, which was given for these adapters."""
+        context = self.bank.context
+        num, first = len(_index(context)), next(tensors_in((args, kwargs)), None)
+        if context.wiring != self.number:
+            raise UsageError(
+                "other adapters are active than when the rows were named: call activate(per_sample=...) anew"
+            )
         if first is not None and len(first) != num:
             raise UsageError(f"per_sample has {num} rows, the batch has {len(first)}")
 

@@ -316,6 +316,18 @@ def test_indices_that_cannot_be_are_refused():
         host.forward()
 
 
+def test_rows_must_be_named_anew_after_an_adapter_has_gone():
+    host = tiny("timm_vit")
+    handles = adapted(host, [*LORA, BOTTLENECK[0]])
+    handles[0].activate(per_sample=torch.tensor([1, 1]))
+    handles[0].detach()
+    with pytest.raises(UsageError, match="other adapters are active than when the rows were named"):
+        host.forward()
+    handles[1].activate(per_sample=["a1", "a2"])
+    host.forward()
+    assert host.model.adapter_bank.by_row.names == ["a1", "a2"]
+
+
 def test_another_thread_must_name_its_own_rows():
     host = tiny("timm_vit")
     handle = adapted(host, LORA)[0]
