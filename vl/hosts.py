@@ -64,16 +64,26 @@ def _between(model: nn.Module, path: str, taken: list[str]) -> list[Part]:
 
 
 def find_parts(model: nn.Module, name: str) -> list[Part]:
-    """The parts that a name stands for: a path, a path above, or whole words of it. Raises UsageError for others."""
+    """The parts that a name stands for: a path, a path above, or whole words of it; where no part has the name, vision
+    and language are the towers of that kind, projector the modules between that project. Raises UsageError for others.
+    """
     known = parts(model)
     try:
         prefixes = component_prefixes(model, name)
     except LookupError:
         prefixes = []
     found = [p for p in known if p.name in prefixes or f".{name}." in f".{p.name}."]
+    found = found or [p for p in known if name == _role(p)]
     if not found:
         raise UsageError(f"part {name!r} is not in the model; {nearest(name, [p.name for p in known if p.name])}")
     return found
+
+
+def _role(part: Part) -> str | None:
+    """What a part is called whatever its family calls it."""
+    if part.component:
+        return part.kind
+    return "projector" if part.family != "parameter" and "project" in part.name else None
 
 
 def adapt(

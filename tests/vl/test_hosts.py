@@ -129,6 +129,11 @@ def test_a_part_is_found_by_path_or_by_a_word_of_it_and_others_are_refused():
     assert [p.name for p in find_parts(model, "vision_tower")] == ["model.vision_tower"]
     assert [p.name for p in find_parts(model, "multi_modal_projector")] == ["model.multi_modal_projector"]
     assert len(find_parts(model, "model")) == 3
+    for build in (llava, blip2):
+        roles = {name: [p.name for p in find_parts(build()[0], name)] for name in ("vision", "language", "projector")}
+        assert all(len(names) == 1 for names in roles.values()), roles
+        assert "vision" in roles["vision"][0] and "language_model" in roles["language"][0]
+        assert roles["projector"][0].endswith(("multi_modal_projector", "language_projection"))
     with pytest.raises(UsageError, match="part 'vison_tower' is not in the model; did you mean model.vision_tower"):
         find_parts(model, "vison_tower")
     with pytest.raises(LookupError, match="component 'q_proj' is not in the model; it has: model.vision_tower"):
@@ -262,7 +267,7 @@ def test_a_shared_v_proj_has_a_row_of_its_own():
 @pytest.mark.parametrize(
     ("choice", "rates", "message"),
     [
-        ({"language": "adapt"}, None, "part 'language' is not in the model"),
+        ({"langage": "adapt"}, None, "part 'langage' is not in the model"),
         ({"language_model": "tune"}, None, "'tune' is none of freeze, adapt and full"),
         ({"multi_modal_projector": "adapt"}, None, "has no blocks to adapt"),
         ({"multi_modal_projector": "full"}, None, "no part is adapted: name one of model.vision_tower"),

@@ -99,14 +99,11 @@ def test_the_commands_that_look_take_whole_models(kind, verb, folder, adapt):
 def test_a_recipe_s_components_train_and_answer(kind, folder, tmp_path, adapt):
     """The language model by LoRA, the projector whole and slower, the image tower not at all."""
     data, projector = make_dataset(tmp_path / "data", rows=48), PROJECTOR[kind]
-    decoder = "language_model" if kind == "llava" else "decoder"
     recipe = tmp_path / "r.toml"
     recipe.write_text(
         f'domain = "vl"\nbackbone = "hf:{folder(kind)}"\nmethod = "lora"\n[method_settings]\nrank = 4\n'
-        f'[components]\nvision = "freeze"\n{projector} = "full"\n{decoder} = "adapt"\n'
-        f"[component_rates]\n{projector} = 0.1\n[plan]\nepochs = 1\nbatch_size = 8\n".replace(
-            'vision = "freeze"', ("vision_tower" if kind == "llava" else "vision_model") + ' = "freeze"'
-        )
+        '[components]\nvision = "freeze"\nprojector = "full"\nlanguage = "adapt"\n'
+        "[component_rates]\nprojector = 0.1\n[plan]\nepochs = 1\nbatch_size = 8\n"
     )
     out, _ = adapt("train", "--recipe", recipe, "--data", data, "--out", tmp_path / "run")
     lines = [line for line in out.splitlines() if line.startswith("part")]
