@@ -16,7 +16,7 @@ from adaptsuite.audio.features import Fbank, add_noise, gain, roll, spec_augment
 from adaptsuite.audio.heads import HfHead, LinearHead, PrototypeHead, pooled
 from adaptsuite.audio.inputs import AstInput, FrontEnd, Input
 from adaptsuite.audio.noise import COLOURS, noise_like, recordings
-from adaptsuite.bank import BANK, Context
+from adaptsuite.bank import BANK
 from adaptsuite.domain import Domain
 from adaptsuite.errors import UsageError
 from adaptsuite.host import Handle
@@ -111,7 +111,7 @@ class AudioModel(nn.Module):
         mask = None if length is None else self.input.mask(length)
         bank = getattr(self, BANK, None)
         if bank is not None:
-            bank.context = Context(token_mask=mask)
+            bank.context = bank.context.anew(token_mask=mask)
         return self.input.tokens(self.backbone, features, length), mask
 
     def embed(self, wave: Tensor, length: Tensor | None = None) -> Tensor:

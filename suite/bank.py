@@ -39,6 +39,10 @@ class Context:
     wiring: int = -1  # number of the Wiring that the index was given for
     recomputed: bool = False  # the forward runs again during backward (checkpointing): statistics were taken already
 
+    def anew(self, **fields: Any) -> "Context":
+        """Another one, for rows of the same adapters."""
+        return Context(index=self.index, wiring=self.wiring, **fields)
+
 
 EMPTY = Context()
 
@@ -179,7 +183,7 @@ class Bank(nn.Module):
     @contextlib.contextmanager
     def using(self, **context: Any) -> Iterator[None]:
         """Context for what runs inside the `with`: `token_mask`, `features`."""
-        with self.within(Context(index=self.context.index, wiring=self.context.wiring, **context)):
+        with self.within(self.context.anew(**context)):
             yield
 
     @contextlib.contextmanager

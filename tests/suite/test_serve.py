@@ -368,3 +368,30 @@ def test_two_hundred_requests_over_sixteen_adapters_are_right_and_cost_no_memory
     found = subprocess.run([sys.executable, script, *options], check=True, capture_output=True, text=True).stdout
     for row in json.loads(found):
         assert row["met"], row
+
+
+@pytest.mark.slow
+def test_sounds_of_several_windows_and_padding_share_batches_too(tmp_path):
+    import soundfile
+
+    from adaptsuite.audio.pipeline import DOMAIN as AUDIO
+
+    generator = np.random.default_rng(0)
+    sounds = [tmp_path / f"{i}.wav" for i in range(2)]
+    for path, seconds in zip(sounds, (1, 7), strict=True):
+        soundfile.write(path, generator.standard_normal(16000 * seconds).astype(np.float32) * 0.1, 16000)
+    folders = {}
+    for seed, method in enumerate(("lora", "audio.soft_moa", "bitfit")):
+        backbone = {"backbone": "embedded:audio-tiny", "front_end": {"frames": 256}}
+        recipe = experiment.complete(AUDIO, Recipe(domain="audio", method=method, seeds=(0,), **backbone))
+        handle = experiment.adapt(AUDIO, recipe, LABELS[: 2 + seed])
+        _perturb(handle, seed)
+        facts = {"labels": LABELS[: 2 + seed], "temperature": 1.0 + seed}
+        folders[method] = handle.save(tmp_path / method, recipe=to_dict(AUDIO.decided(recipe, handle.model)), **facts)
+    with Server(AUDIO, folders, "cpu", wait_s=0.3) as server:
+        waiting = [(name, path, server.submit(name, path)) for name in folders for path in sounds]
+        found = [(name, path, answer.result(60)) for name, path, answer in waiting]
+    assert server.items > server.batches * 6
+    for name, path, said in found:
+        (own,) = experiment.label_files(AUDIO, folders[name], [str(path)], "cpu")["predictions"]
+        assert same(said, own), (name, path)
