@@ -1,6 +1,7 @@
 """Budget against reality: what is predicted, what autograd saves, what the process grows by, in one real CPU step.
 
 python tests/benchmarks/budget_accuracy.py [FAMILY ...]      one line per family and method, one process per family
+python tests/benchmarks/budget_accuracy.py --rows            row 8: the largest deviations over eight pairs
 """
 
 import argparse
@@ -14,11 +15,16 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from adaptsuite import attach, budget
 from adaptsuite.bank import tensors_in
 
 METHODS = ("linear", "lora", "bottleneck", "bitfit", "full")
+PAIRS = (
+    ("timm_vit", "lora"), ("timm_vit", "full"), ("timm_eva", "lora"), ("timm_swin", "bottleneck"), ("hf_ast", "lora"),
+    ("hf_bert", "bitfit"), ("open_clip", "bottleneck"), ("monai_vit", "linear"),
+)  # fmt: skip
 SMALL = dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, intermediate_size=768)
 
 
@@ -155,6 +161,13 @@ def growth(model, args, kwargs):
     return resident("VmHWM") - before
 
 
+def forward_macs(model, args, kwargs):
+    """Half of the FLOPs that torch counts in a real forward, with attention as products that it knows."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops() // 2
+
+
 def case(family, method):
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -168,7 +181,33 @@ def case(family, method):
     saved = step(model.train(), args, kwargs)
     for p in model.parameters():
         p.grad = None
-    return found.as_dict() | {"saved": saved, "growth": growth(model, args, kwargs), "seconds": seconds}
+    real = {"saved": saved, "growth": growth(model, args, kwargs), "real_macs": forward_macs(model, args, kwargs)}
+    return found.as_dict() | real | {"seconds": seconds}
+
+
+def children(family, methods):
+    """Yields (method, what `case` found), from a process of its own; raises RuntimeError with its last words."""
+    # one allocation, one mapping: what is freed leaves the resident set at once
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, "--child", family, *methods]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    for line in result.stdout.splitlines():
+        method, _, facts = line.partition(" ")
+        yield method, json.loads(facts)
+    if result.returncode:
+        raise RuntimeError(result.stderr.strip().splitlines()[-1])
+
+
+def rows():
+    """Row 8: the largest deviations over eight pairs of backbone and method."""
+    found = [facts for family, method in PAIRS for _, facts in children(family, [method])]
+    peer, table = f"a real step, {len(found)} pairs", []
+    compared = (("activation_bytes", "saved", 0.1), ("peak_bytes", "growth", 0.1), ("macs", "real_macs", 0.01))
+    for name, real, bar in compared:
+        off = max(abs(f[name] / f[real] - 1) for f in found)
+        title = f"8 budget {name.replace('_', ' ')}"
+        table.append({"row": title, "value": off, "bar": bar, "met": off <= bar, "peer": peer, "spread": None})
+    return table
 
 
 def formulas():
@@ -194,34 +233,34 @@ def formulas():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", choices=[*FAMILIES, []], default=[])
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("families", nargs="*", help=f"of {', '.join(FAMILIES)}; all where none is named")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", action="store_true", help="row 8 alone: eight pairs")
     chosen = parser.parse_args()
     if chosen.child:
-        for method in METHODS:
-            print(method, json.dumps(case(chosen.families[0], method)), flush=True)
+        for method in chosen.families:
+            print(method, json.dumps(case(chosen.child, method)), flush=True)
+        return
+    if chosen.rows:
+        for row in rows():
+            print(f"{row['row']:<28} {row['value']:<8.3g} bar {row['bar']:<6g} {'met' if row['met'] else 'missed'}")
         return
     if not chosen.families:
         formulas()
     print("| family | method | saved MB: predicted | measured | ratio | peak MB | grown by | ratio | CPU s | notes |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    # one allocation, one mapping: what is freed leaves the resident set at once
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     for family in chosen.families or FAMILIES:
-        command = [sys.executable, __file__, "--child", family]
-        result = subprocess.run(command, capture_output=True, text=True, env=env)
-        for line in result.stdout.splitlines():
-            method, _, facts = line.partition(" ")
-            r = json.loads(facts)
-            saved = (
-                f"{r['activation_bytes'] / 1e6:.2f} | {r['saved'] / 1e6:.2f} | {r['activation_bytes'] / r['saved']:.3f}"
-            )
-            peak = f"{r['peak_bytes'] / 1e6:.1f} | {r['growth'] / 1e6:.1f} | {r['peak_bytes'] / r['growth']:.3f}"
-            print(
-                f"| {family} | {method} | {saved} | {peak} | {r['seconds']:.1f} | {'; '.join(r['notes'])} |", flush=True
-            )
-        if result.returncode:
-            print(f"| {family} | {result.stderr.strip().splitlines()[-1]} |")
+        try:
+            for method, r in children(family, METHODS):
+                saved, peak = (
+                    (r[a] / 1e6, r[b] / 1e6) for a, b in (("activation_bytes", "saved"), ("peak_bytes", "growth"))
+                )
+                first = f"{saved[0]:.2f} | {saved[1]:.2f} | {saved[0] / saved[1]:.3f}"
+                second = f"{peak[0]:.1f} | {peak[1]:.1f} | {peak[0] / peak[1]:.3f}"
+                notes = "; ".join(r["notes"])
+                print(f"| {family} | {method} | {first} | {second} | {r['seconds']:.1f} | {notes} |", flush=True)
+        except RuntimeError as error:
+            print(f"| {family} | {error} |")
 
 
 if __name__ == "__main__":
