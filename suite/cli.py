@@ -51,9 +51,7 @@ def compose(
     adapter: Annotated[list[str], typer.Option(help="NAME=DIR, for each name: an adapter's folder or its run's.")],
     out: Annotated[str, typer.Option(help="Folder of the new adapter.")],
     rank: Annotated[int | None, typer.Option(help="Cut low-rank adapters to this rank; the error is said.")] = None,
-    elementwise: Annotated[
-        bool, typer.Option("--elementwise", help="Sum the factors apart; for adapters of one start.")
-    ] = False,
+    elementwise: Annotated[bool, typer.Option("--elementwise", help="Sum the factors apart, for one start.")] = False,
     head: Annotated[str | None, typer.Option(help="NAME of the adapter whose head and labels are kept.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:

@@ -209,6 +209,8 @@ def write_peft(handle: Handle, part: str, folder: Path, run: Callable[[nn.Module
     folder)` finds its modules. run: what to compare, given the part.  The adapter leaves the task model for the part.
     """
     model, state, method = handle.model, handle.state(), handle.method
+    if method.name.startswith("peft:"):
+        raise UsageError(f"{method.name} cannot be compared: only lora is read from peft; adaptsuite.to_peft writes it")
     module, key = model.get_submodule(part), f".{part.replace('.', '/')}/"
     own = {k.replace(key, ".", 1): v.clone() for k, v in state.items() if key in k}
     with torch.no_grad():

@@ -398,3 +398,27 @@ def test_the_command_says_what_it_did_and_fails_in_one_line(tmp_path, capsys):
     ):
         assert main(["compose", *words, "--out", str(tmp_path / "x")]) == code
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_composed_folder_serves_every_command_that_a_trained_one_does(tmp_path, capsys):
+    from adaptsuite.vision.synthetic import make_dataset
+
+    table = make_dataset(tmp_path / "data", cultivars=3, shots=3, tests=2, size=48)
+    sites = ["--set", "sites=attn.qkv"]
+    for name, seed in (("a", 0), ("b", 1)):
+        options = ["--data", str(table), "--backbone", "embedded:vision-tiny", "--method", "lora", "--epochs", "1"]
+        assert main(["vision", "train", *options, "--set", f"seeds={seed}", *sites, "--out", str(tmp_path / name)]) == 0
+    pairs = ["--adapter", f"a={tmp_path / 'a'}", "--adapter", f"b={tmp_path / 'b'}"]  # folders of runs
+    assert main(["compose", "(a + b) / 2", *pairs, "--out", str(tmp_path / "mean")]) == 0
+    # weights that sum to 1.5: trained norms need the backbone, which is loaded by its name
+    assert main(["compose", "a + b/2", *pairs, "--head", "a", "--rank", "6", "--out", str(tmp_path / "sum")]) == 0
+    capsys.readouterr()
+    for name in ("mean", "sum"):
+        assert main(["vision", "evaluate", str(tmp_path / name), "--data", str(table), "--json"]) == 0
+        assert "accuracy" in capsys.readouterr().out
+        picture = next((tmp_path / "data").rglob("*.png"))
+        assert main(["vision", "predict", str(tmp_path / name), str(picture), "--json"]) == 0
+        out = ["--format", "peft", "--out", str(tmp_path / "peft" / name)]
+        assert main(["vision", "export", str(tmp_path / name), *out]) == 0
+        capsys.readouterr()
