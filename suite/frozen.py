@@ -105,20 +105,7 @@ class Cut:
 
         Raises NoPrefix unless forwards from there say exactly what whole ones do.
         """
-        entered, seen = [], []
-        for batch in batches:
-            outputs: dict[str, list] = {name: [] for name in self.ended}
-            hooks = [
-                module.register_forward_hook(lambda _, __, out, name=name, outputs=outputs: outputs[name].append(out))
-                for name, module in self.ended.items()
-            ]
-            try:
-                entered.append(self.enter(says, batch))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            seen.append(outputs)
-        whole = [self._whole(says, batch) for batch in batches]
+        entered, seen, whole = zip(*(self._watched(says, batch) for batch in batches), strict=True)
         sizes = [len(said) for said in whole]
         if [len(x) for x in entered] != sizes:
             raise NoPrefix(f"{self.path} does not get one row a sample: {list(entered[0].shape)} of {sizes[0]}")
@@ -128,31 +115,39 @@ class Cut:
             with self.entering(x):
                 if not torch.equal(says(self.model, batch), said):
                     raise NoPrefix(f"more of the frozen part than what enters {self.path} reaches the output")
-        return entered
+        return list(entered)
 
-    def _whole(self, says: Says, batch: Any) -> Tensor:
-        """What is said of a batch; sets `is_last`."""
-        ends: list[Any] = []
-        modules = (self.model.get_submodule(self.path), self.model)
-        hooks = [module.register_forward_hook(lambda _, __, out: ends.append(out)) for module in modules]
+    def _watched(self, says: Says, batch: Any) -> tuple[Tensor, dict[str, list], Tensor]:
+        """What enters the cut in a whole forward, what the ended modules return, and what is said; sets `is_last`."""
+        entered: list[Tensor] = []
+        outputs: dict[str, list] = {name: [] for name in (*self.ended, self.path, "")}
+        hooks = [self._hook(lambda _, args, kwargs: entered.append(self._given(args, kwargs).clone()))]
+        for name, found in outputs.items():
+            module = self.model.get_submodule(name)
+            hooks.append(module.register_forward_hook(lambda _, __, out, found=found: found.append(out)))
         try:
             said = says(self.model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        self.is_last = len(ends) == 2 and ends[0] is ends[1]
-        return said
+        ends, roots = outputs.pop(self.path), outputs.pop("")
+        self.is_last = len(roots) == 1 and ends[-1] is roots[0]
+        return entered[0], outputs, said
 
     def _hook(self, act: Callable):
         module = self.model.get_submodule(self.path)
         return module.register_forward_pre_hook(act, with_kwargs=True, prepend=True)  # before those of its own branch
 
-    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+    def _given(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The first tensor among the arguments of the module at the cut."""
         if not (args and isinstance(args[0], Tensor)):
             self.key = next((k for k, v in kwargs.items() if isinstance(v, Tensor)), "")
             if not self.key:
                 raise NoPrefix(f"{self.path} is given no tensor")
-        raise _Reached(kwargs[self.key] if self.key else args[0])
+        return kwargs[self.key] if self.key else args[0]
+
+    def _leave(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        raise _Reached(self._given(args, kwargs))
 
     def _replace(self, x: Tensor, module: nn.Module, args: tuple, kwargs: dict[str, Any]):
         return (args, kwargs | {self.key: x}) if self.key else ((x, *args[1:]), kwargs)
