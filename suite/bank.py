@@ -134,6 +134,7 @@ class Bank(nn.Module):
         for m in self.nested:  # the nested-tensor path reads weights past every hook
             m.use_nested_tensor = False
         self.training = root.training
+        self.root_is_task = all(c.prefix for c in component_info(root))  # a task model around backbones
         root.add_module(BANK, self)
         root.__dict__["train"] = self.train_host
         self.fixed_hooks = [
@@ -395,7 +396,7 @@ class Bank(nn.Module):
     def train_host(self, mode: bool = True) -> nn.Module:
         """`train` of the root: adapters and heads follow; the frozen base keeps its dropout and statistics off."""
         live = {id(m) for m in self.modules()}
-        if all(c.prefix for c in component_info(self.root)):  # a task model around backbones is not frozen itself
+        if self.root_is_task:  # it is not frozen itself
             live.add(id(self.root))
         everything = False
         for name in self.active:
