@@ -180,7 +180,7 @@ def _versions() -> dict[str, str]:
     found = {"adaptsuite": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for module, package in (
         ("safetensors", "safetensors"), ("timm", "timm"), ("transformers", "transformers"),
-        ("open_clip", "open-clip-torch"), ("monai", "monai"), ("torchaudio", "torchaudio"),
+        ("open_clip", "open-clip-torch"), ("monai", "monai"), ("torchaudio", "torchaudio"), ("peft", "peft"),
     ):  # fmt: skip
         if module in sys.modules:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -33,7 +33,7 @@ REFUSED = {
     "TRAINABLE_TOKENS": "it trains rows of a token embedding, which has no site",
     "XLORA": "it is a gate over finished LoRA adapters",
 }
-# start: not the backbone, by more than rounding or by rounding alone; True where another setting than the default is
+# tuners that do not start as the backbone, with peft's defaults, and why
 OTHER_START = {
     "C3A": "its kernels start at random (init_weights='xavier_uniform')",
     "FOURIERFT": "its spectrum starts at random (init_weights=False)",
@@ -97,7 +97,8 @@ def tuner(name: str) -> type["PeftMethod"]:
 def __getattr__(name: str):
     """The classes that `tuner` makes, where pickle looks for them."""
     if name.isupper() and not name.startswith("_"):
-        return tuner(f"peft:{name}")
+        with contextlib.suppress(UsageError):
+            return tuner(f"peft:{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
