@@ -28,4 +28,4 @@ lint: setup
 	$(BIN)/ruff check .
 
 bench: setup
-	@set -e; for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	$(BIN)/python tests/benchmarks/bench.py

@@ -127,7 +127,8 @@ def equality(kind: str, experts: int, batch: int, dtype: torch.dtype) -> tuple[f
     return gap(*outs), max(gap(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-def compare(kind: str, experts: int, batch: int, repeats: int) -> None:
+def turns(kind: str, experts: int, batch: int, repeats: int) -> tuple[list[dict[int, float]], list[float]]:
+    """Seconds of the fused, the looped and the single one in each turn, and MiB that each keeps."""
     variants = build(kind, experts)
     x, y, weight = (torch.randn(batch, TOKENS, WIDTH) for _ in range(3))
     x.requires_grad_(), y.requires_grad_()
@@ -143,6 +144,24 @@ def compare(kind: str, experts: int, batch: int, repeats: int) -> None:
             step(variants[which], x, y, weight)
             taken[which] = clock() - start
         times += [taken] if turn else []  # the first one warms up
+    return times, memory
+
+
+def rows(repeats: int = 20) -> list[dict]:
+    """Each mixture of 8 experts against its loop, which it must not be slower than."""
+    found = []
+    for kind in ("dense", "soft"):
+        times, _ = turns(kind, 8, 4, repeats)
+        low, ratio, high = statistics.quantiles([t[0] / t[1] for t in times], n=4)
+        name = f"{kind} mixture of 8, fused over loop"
+        found.append(
+            {"row": name, "value": ratio, "bar": 1.0, "met": ratio <= 1, "peer": "plain loop", "spread": [low, high]}
+        )
+    return found
+
+
+def compare(kind: str, experts: int, batch: int, repeats: int) -> None:
+    times, memory = turns(kind, experts, batch, repeats)
     differences = (*equality(kind, experts, batch, torch.float32), max(equality(kind, experts, batch, torch.float64)))
     row = f"{kind:<6}{experts:>3}" + "".join(f" {d:>8.1e}" for d in differences)
     row += "".join(f" {statistics.median(t[i] for t in times) * 1e3:>7.1f}" for i in range(3))

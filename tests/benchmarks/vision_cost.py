@@ -61,6 +61,19 @@ def exact(size: int) -> None:
         )
 
 
+def rows() -> list[dict]:
+    """Inter-layer down-sampling at 224 against LoRA at full tokens, in training FLOPs: exact."""
+    image = torch.empty(1, 3, 224, 224, device="meta")
+    ila, lora = (
+        budget(vit("vit_base_patch16_224", 224, "meta"), method, image, head="head").training_flops
+        for method in ("vision.ila", "lora")
+    )
+    value = ila / lora
+    return [
+        {"row": "5 down-sampling FLOPs", "value": value, "bar": 0.6, "met": value <= 0.6, "peer": "LoRA, all tokens"}
+    ]
+
+
 def saved_bytes(model, image) -> int:
     """What autograd keeps of one forward: each storage once, parameters left out."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
