@@ -206,7 +206,7 @@ class RowShadow:
         for path, _ in self.entries:
             _refuse_batch_statistics(self.bank.root.get_submodule(path))
         leaves, layout = tree_flatten((args, kwargs))
-        dims = self._dims(leaves, kwargs) if len(index) > 1 else None
+        dims = self._dims(args, kwargs) if len(index) > 1 else None
         form: list[Any] = []
 
         def one(own: tuple, given: list, seen: list[Tensor | None]) -> list[Tensor]:
@@ -247,15 +247,18 @@ class RowShadow:
             return None
         return held.lengths.to(index.device)[held.places.to(index.device)[index]]
 
-    def _dims(self, leaves: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
+    def _dims(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int | None]:
         """Of each thing that the module gets the dimension that counts rows; None for masks and tables of all."""
-        first = next(t for t in leaves if isinstance(t, Tensor))
-        rows, padding = first.shape[self.dim], {id(v) for k, v in kwargs.items() if "padding" in k}
+        # by name and not by identity: a compiled graph would be bound to the very tensor
+        given = [("", t) for t in tree_flatten(args)[0]]
+        given += [(name, t) for name, value in kwargs.items() for t in tree_flatten(value)[0]]
+        first = next(t for _, t in given if isinstance(t, Tensor))
+        rows = first.shape[self.dim]
 
-        def dim(t: Any) -> int | None:
+        def dim(name: str, t: Any) -> int | None:
             if not isinstance(t, Tensor) or not t.ndim:
                 return None
-            if id(t) in padding:
+            if "padding" in name:
                 return 0
             if t.shape == first.shape:
                 return self.dim
@@ -272,7 +275,7 @@ class RowShadow:
                 )
             return at
 
-        return [dim(t) for t in leaves]
+        return [dim(name, t) for name, t in given]
 
 
 def _without(logits: Tensor, classes: Tensor) -> Tensor:
