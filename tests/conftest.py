@@ -16,7 +16,8 @@ import pytest
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
 
-CACHE = os.environ["ADAPTSUITE_CACHE"] = tempfile.mkdtemp(prefix="adaptsuite-cache-")  # not the user's own
+CACHE = os.path.join(tempfile.gettempdir(), f"adaptsuite-cache-{os.getpid()}")
+os.environ["ADAPTSUITE_CACHE"] = CACHE  # not the user's own
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("ADAPTSUITE_DATA", ROOT.parent / "shared" / "data"))
