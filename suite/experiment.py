@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 
 from adaptsuite import recipe as recipes
-from adaptsuite.artifact import load_adapter, read_adapter
+from adaptsuite.artifact import load_adapter, read_adapter, require_adapter
 from adaptsuite.atomic import write_file
 from adaptsuite.checkpoint import copied
 from adaptsuite.domain import Domain, Said
@@ -197,12 +197,7 @@ def train_one(
     recipe = replace(recipe, seeds=(seed,))
     plans = plans_of(recipe, fold, seed)
 
-    def decide(method: Method, model: nn.Module) -> Method:
-        task = domain.task(recipe, manifest.classes, class_counts(manifest, fold.train))
-        train, val = (datasets.part(model, rows) for rows in (fold.train, fold.val))
-        return method.prepare(model, task, train, val, plans[0], say)
-
-    handle = adapt(domain, recipe, manifest.classes, decide)
+    handle = adapt(domain, recipe, manifest.classes, _deciding(domain, recipe, manifest, fold, datasets, plans[0], say))
     recipe = replace(domain.decided(recipe, handle.model), method_settings=asdict(handle.method))
     verify(handle, domain.sample(handle.model), fresh=True).raise_if_dead()
     limited = within(plans[0], handle, partial(domain.sample, handle.model), say)
@@ -253,6 +248,45 @@ def train_one(
     )
 
 
+def _deciding(
+    domain: Domain, recipe: Recipe, manifest: Manifest, fold: Fold, datasets: "Parts", plan: Plan, say: Callable
+) -> Callable[[Method, nn.Module], Method]:
+    """What `adapt` asks of a method that leaves something to the data: it sees training and validation rows."""
+
+    def decide(method: Method, model: nn.Module) -> Method:
+        task = domain.task(recipe, manifest.classes, class_counts(manifest, fold.train))
+        train, val = (datasets.part(model, rows) for rows in (fold.train, fold.val))
+        return method.prepare(model, task, train, val, plan, say)
+
+    return decide
+
+
+def started(
+    domain: Domain,
+    recipe: Recipe,
+    manifest: Manifest,
+    say: Callable[[str], None] = lambda line: None,
+    handle: Handle | None = None,
+) -> tuple[Handle, Any, Any, Plan]:
+    """(handle, task, training data, plan) of a settled recipe's first fold and seed, as before its first step.
+
+    handle: an adapter that is there already; it is left as it is.
+    """
+    seed = recipe.seeds[0]
+    recipe = replace(recipe, seeds=(seed,), lr_grid=(), weight_decay_grid=(), refit=False)
+    fold = _folds(manifest, recipe.data, seed)[0]
+    (plan,) = plans_of(recipe, fold, seed)
+    datasets = Parts(domain, manifest, np.unique(np.concatenate([fold.train, fold.val])), fold.train)
+    if handle is not None:
+        work = _Work(domain, recipe, manifest, datasets, handle)
+        return handle, work.task(fold.train), datasets.part(handle.model, fold.train, training=True), plan
+    for remark in _prepare(domain, domain.model(recipe, manifest.classes), manifest.subset(datasets.used)):
+        say(f"warning   {remark}")
+    handle = adapt(domain, recipe, manifest.classes, _deciding(domain, recipe, manifest, fold, datasets, plan, say))
+    work = _Work(domain, recipe, manifest, datasets, handle)
+    return handle, work.task(fold.train), work.started(fold.train, plan), plan
+
+
 @dataclass(frozen=True)
 class _Work:
     """A handle that trains on rows of a table and is asked about others."""
@@ -270,7 +304,7 @@ class _Work:
         def fitted(plan: Plan, folder: Path):
             return fit(self.handle.model, self.task(fold.train), train, val, plan, folder, self.handle)
 
-        if not self.recipe.lr_grid:
+        if not (self.recipe.lr_grid or self.recipe.weight_decay_grid):
             return Choice(plans[0], fitted(plans[0], out), [], [])
         return choose(self.handle, plans, fitted, plans[0].monitor or self.task(fold.train).monitor, out, say)
 
@@ -435,7 +469,7 @@ def train(
         }
         for o in outcomes
     ]
-    if recipe.lr_grid:
+    if any(o.rates for o in outcomes):
         several = len(outcomes) > 1
         metrics["lr_grid"] = [
             {**({"name": o.fold.name, "seed": o.seed} if several else {}), **row} for o in outcomes for row in o.rates
@@ -501,7 +535,7 @@ def run(
     monitor = recipe.plan.get("monitor") or domain.task(recipe, manifest.classes).monitor
     grid = result["metrics"].get("lr_grid")
     page = Run(
-        title=_title(recipe.method, recipe.data.manifest),
+        title=title(recipe.method, recipe.data.manifest),
         task=manifest.task,
         labels=manifest.classes,
         command=f"adapt {domain.name} train --recipe {Path(out) / 'recipe.toml'} --out NEW_FOLDER",
@@ -540,7 +574,7 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _title(method: str, data: str) -> str:
+def title(method: str, data: str) -> str:
     table = Path(data).resolve()
     return f"{method} on {table.name if table.is_dir() else table.parent.name}"
 
@@ -695,11 +729,12 @@ def report_adapter(
 ) -> dict[str, Any]:
     """A page on a saved adapter: on a table, or its own run's page made anew from the run's files."""
     if data is None:
+        require_adapter(folder)
         return {"report": str(write_run(out or folder.parent, read_run(folder.parent)))}
     scored = score_adapter(domain, folder, data, test, device, batch_size)
     recipe, subset = scored.recipe, scored.subset
     page = Run(
-        title=_title(recipe.method, data),
+        title=title(recipe.method, data),
         task=subset.task,
         labels=scored.labels,
         command=f"adapt {domain.name} report {folder} --data {data}" + (f" --test {test}" if test else ""),
@@ -875,7 +910,8 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
     """What training by a settled recipe would do, parameters first: lines for a terminal and the same as a table."""
     folds = _folds(manifest, recipe.data, recipe.seeds[0])
     domain.task(recipe, manifest.classes)  # refuses settings that exclude each other
-    rates = [plans_of(recipe, fold, recipe.seeds[0]) for fold in folds][0]
+    for fold in folds:
+        plans_of(recipe, fold, recipe.seeds[0])  # refuses grids that cannot be
     handle = adapt(domain, recipe, manifest.classes)
     c = handle.parameters_count()
     share, roles = c["trained"] / c["total"], Counter(s.role for s in handle.sites)
@@ -889,8 +925,9 @@ def preview(domain: Domain, recipe: Recipe, manifest: Manifest) -> tuple[list[st
         f"input     {domain.describe(handle.model)['input']}",
         f"data      {len(manifest)} rows, {len(manifest.classes)} classes, {len(set(manifest.groups()))} groups",
     ]
-    if recipe.lr_grid:
-        lines.append(f"rates     {', '.join(f'{plan.lr:g}' for plan in rates)}: validation rows choose")
+    for label, grid in (("rates", recipe.lr_grid), ("decays", recipe.weight_decay_grid)):
+        if grid:
+            lines.append(f"{label:<10}{', '.join(f'{value:g}' for value in grid)}: validation rows choose")
     if recipe.refit:
         lines.append("refit     on training and validation rows together, once validation rows have chosen")
     for fold in folds:

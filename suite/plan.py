@@ -28,8 +28,11 @@ class Plan:
     balanced: bool = False  # draw the samples of an epoch with replacement, so that classes come equally often
     warmup: float = 0.1  # share of all steps, linear from zero
     warmup_steps: int | None = None  # the same as a number; None: `warmup` decides
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "one_cycle"] = "cosine"  # one_cycle needs no warm-up (adaptsuite.schedule)
     min_lr: float = 0.0  # where the cosine ends for tensors at lr; all others end at the same share of their own rate
+    cycle_start: float = 0.1  # one_cycle: the share of lr that it starts from and comes back to
+    cycle_momentum: tuple[float, float] = (0.95, 0.85)  # one_cycle: at its ends and its middle; adamw: of beta1
+    tail: float = 0.1  # one_cycle: the share of all steps after the cycle, in which the rate falls to almost nothing
     clip: float | None = 1.0  # largest norm of the gradient; None: no limit
     ema: float | None = None  # decay of an average of the weights that is validated and kept in their place; None: off
     patience: int | None = None  # epochs without a better monitor; None: never stop early
@@ -68,11 +71,17 @@ class Plan:
         self._expect("layer_decay", lambda v: 0 < v <= 1, "a number in (0, 1]")
         self._expect("ema", lambda v: 0 < v < 1, "a number in (0, 1)")
         self._expect("warmup", lambda v: 0 <= v < 1, "a share of the steps in [0, 1)")
+        self._expect("tail", lambda v: 0 <= v < 1, "a share of the steps in [0, 1)")
+        self._expect("cycle_start", lambda v: 0 < v <= 1, "a share of lr in (0, 1]")
+        falls = "two numbers in [0, 1), the second not above the first"
+        self._expect("cycle_momentum", lambda v: len(v) == 2 and 0 <= v[1] <= v[0] < 1, falls)
         self._expect("betas", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two numbers in [0, 1)")
         if self.min_lr > self.lr:
             raise UsageError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}: the schedule falls from lr to min_lr")
         if self.min_lr and self.schedule != "cosine":
             raise UsageError(f"min_lr={self.min_lr:g} is where a cosine ends, the schedule is {self.schedule}")
+        if self.warmup_steps and self.schedule == "one_cycle":
+            raise UsageError(f"warmup_steps={self.warmup_steps}: one_cycle climbs by itself, leave the warm-up out")
 
     def _expect(self, name: str, valid, what: str) -> None:
         value = getattr(self, name)

@@ -62,6 +62,7 @@ class Recipe:
     components: dict = field(default_factory=dict)  # of a model of several: name -> adapt, full or freeze
     component_rates: dict = field(default_factory=dict)  # name -> factor of the learning rate
     lr_grid: tuple[float, ...] = ()  # values of plan.lr of which validation rows choose one (adaptsuite.rates)
+    weight_decay_grid: tuple[float, ...] = ()  # the same of plan.weight_decay; with both, of every pair
     refit: bool = False  # then train on training and validation rows together, as long as the chosen fit did best
     seeds: tuple[int, ...] = (0,)
     notes: str = ""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptsuite import schedule
 from adaptsuite.average import Average
 from adaptsuite.batches import (
     Seeded,
@@ -162,7 +163,7 @@ class _Run:
         self.device = self.processes.device
         check_precision(self.device, plan.precision)
         model.to(self.device)
-        self.optimizer = _optimizer(handle, plan)
+        self.optimizer = make_optimizer(handle, plan)
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=plan.precision == "fp16")
         self.average = None if plan.ema is None else Average(handle, plan.ema)
@@ -178,7 +179,7 @@ class _Run:
         self.weights = _weights(train) if plan.balanced else None
         self.steps = self._steps(0)
         self.total = plan.epochs * len(self.steps)
-        self.warm = _warmup(plan, self.total)
+        self.warm = schedule.warmup_steps(plan, self.total)
         self.reshapes = getattr(self.method, "reshapes", False)
         if self.reshapes:
             handle.adapter.total_steps = self.total
@@ -260,9 +261,7 @@ class _Run:
         if self.plan.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.params, self.plan.clip, norm)
         value, norm = torch.stack([loss.float(), norm.float()]).tolist()  # the step's one wait for the device
-        self.factor = _lr_factor(self._position(), self.total, self.warm, self.plan)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * self.factor
+        self.factor = schedule.set_step(self.optimizer, self._position(), self.total, self.warm, self.plan)
         if math.isfinite(value) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             if self.method is not None:
@@ -282,7 +281,7 @@ class _Run:
     def _take_up(self) -> None:
         """Trains the tensors of now, in the handle's order; the optimiser keeps what it remembers of those it had."""
         if self.reshapes and {*map(id, self.params)} != {*map(id, self.handle.trained().values())}:
-            state, self.optimizer = self.optimizer.state, _optimizer(self.handle, self.plan)
+            state, self.optimizer = self.optimizer.state, make_optimizer(self.handle, self.plan)
             self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
             self.optimizer.state.update({p: state[p] for p in self.params if p in state})
 
@@ -572,7 +571,8 @@ def rank(scores: dict[str, float | None], monitor: str) -> tuple[float, float] |
     return value, -(scores.get("log_loss") or 0.0)
 
 
-def _optimizer(handle, plan: Plan) -> torch.optim.Optimizer:
+def make_optimizer(handle, plan: Plan) -> torch.optim.Optimizer:
+    """The plan's optimiser of what a handle trains; each group knows its full rate as `base_lr`."""
     groups = _groups(handle, plan)
     if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=plan.momentum)
@@ -593,23 +593,3 @@ def _groups(handle, plan: Plan) -> list[dict[str, Any]]:
     if not groups:
         raise UsageError("there is no tensor to train: every parameter is frozen")
     return groups
-
-
-def _warmup(plan: Plan, total: int) -> int:
-    """Steps of the warm-up; UsageError where it would take all of them."""
-    share = plan.warmup_steps is None
-    warm = round(plan.warmup * total) if share else plan.warmup_steps
-    if warm >= total:
-        given = f"warmup={plan.warmup:g} of them is {warm}" if share else f"warmup_steps={warm}"
-        raise UsageError(f"the run has {total} steps and {given}: the full learning rate would never be reached")
-    return warm
-
-
-def _lr_factor(step: int, total: int, warm: int, plan: Plan) -> float:
-    """Share of the full learning rate at a step: linear warm-up, then constant or half a cosine down to min_lr."""
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    if plan.schedule == "constant":
-        return 1.0
-    floor = plan.min_lr / plan.lr
-    return floor + (1 - floor) * (1 + math.cos(math.pi * (step - warm) / (total - warm))) / 2

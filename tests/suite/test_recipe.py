@@ -328,5 +328,5 @@ def test_the_digest_follows_what_is_computed_and_not_where_the_table_lies():
     same = [replace(BASE, notes="n"), replace(BASE, paper="p"), replace(BASE, data=DataSettings(manifest="/a.csv"))]
     assert {digest(recipe) for recipe in same} == {digest(BASE)}
     other = [changed(text) for text in ("experts=8", "plan.lr=1e-3", "data.cv=fold", "seeds=1", "backbone=b")]
-    other += [changed("lr_grid=0.1"), changed("refit=true")]
-    assert len({digest(recipe) for recipe in [BASE, *other]}) == 8
+    other += [changed("lr_grid=0.1"), changed("weight_decay_grid=0.1"), changed("refit=true")]
+    assert len({digest(recipe) for recipe in [BASE, *other]}) == 9

@@ -19,6 +19,7 @@ SLOW = ["step", "marker", "rename", "prune", "evaluation"]
 VARIANTS = {
     "ema": {"ema": 0.9},
     "sgd": {"optimizer": "sgd", "momentum": 0.8, "min_lr": 1e-4, "warmup_steps": 3},
+    "one_cycle": {"schedule": "one_cycle", "tail": 0.2},
 }
 VARIED = [f"{variant}-{kill}" for variant in VARIANTS for kill in ("unbroken", "middle", "evaluation")]
 
