@@ -47,6 +47,7 @@ def compose(
     """
     factors = coefficients(expression, adapters)
     records = {n: a if isinstance(a, Record) else read_adapter(a) for n, a in adapters.items()}
+    records = {n: record.method.plain(record) for n, record in records.items()}
     terms = [Term(name, factor, records[name]) for name, factor in factors.items()]
     if head is not None and head not in factors:
         raise UsageError(f"head={head!r} is not an adapter of the expression; {nearest(head, factors)}")

@@ -473,10 +473,11 @@ class Handle:
                     value.copy_(state[name])
 
     def _take_shapes(self, state: Mapping[str, Tensor]) -> None:
-        for key, branch in self.adapter.branches.items():
-            if hasattr(branch, "take_shapes"):
-                start = f"branches.{key}."
-                branch.take_shapes({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
+        parts = {f"branches.{key}.": branch for key, branch in self.adapter.branches.items()}
+        parts["shared."] = getattr(self.adapter, "shared", None)
+        for start, part in parts.items():
+            if hasattr(part, "take_shapes"):
+                part.take_shapes({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
 
     def save(self, folder, **record: Any):
         """Writes the adapter folder (see adaptsuite.artifact.save_adapter) and returns its path."""

@@ -45,7 +45,7 @@ class Method:
     needs_features: bool = False  # forwards need the features of another modality in their context
     needs_head: bool = False  # without a `head=` the host's own head is trained
     in_place: bool = False  # trains the base tensors themselves; cannot be combined
-    reshapes: bool = False  # `on_step` changes how many tensors train, or their shapes
+    reshapes: bool = False  # `begin` or `on_step` changes how many tensors train, or their shapes
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -90,12 +90,19 @@ class Method:
         """A term that the trainer adds to the loss, or None."""
         return None
 
+    def begin(self, optimizer, handle, loss: Callable[[int], Tensor]) -> None:
+        """Called by `fit` before its first step where the method `reshapes`: what batches decide about the adapter.
+
+        loss: that of batch 0, 1, ... of the training, the same on all processes. The tensors that train may become
+        others; those that stay, and what the optimiser remembers of them, are the method's to put back.
+        """
+
     def on_step(self, step: int, optimizer, handle) -> None:
         """Called after each optimiser step, gradients still there: rank allocation, growth, resampling.
 
         step: of the training, from 0; `handle.adapter.total_steps` of them come. What must survive an interruption is
-        part of the handle's state. A branch whose tensors change has `take_shapes(state)`: it makes room for its own
-        part of a saved state.
+        part of the handle's state. A branch whose tensors change has `take_shapes(state)`, as have shared factors: it
+        makes room for its own part of a saved state.
         """
 
     def settled(self, handle) -> bool:
@@ -105,6 +112,10 @@ class Method:
     def record(self, handle) -> dict[str, Any]:
         """What an adapter's record says beside settings and tensors, as JSON can hold it."""
         return {}
+
+    def plain(self, record):
+        """A stored adapter of this method (adaptsuite.artifact.Record) as one whose tensors can be added."""
+        return record
 
     def sections(self, handle) -> list[dict[str, Any]]:
         """Sections of the report on one adapter (adaptsuite.report.Run.extra)."""
@@ -141,10 +152,13 @@ def register(name: str):
 def method_class(name: str) -> type[Method]:
     """The class registered under `name`, whose address tells the folder: `lora` (suite), `audio.soft_moa` (audio).
 
-    `peft:NAME` is a tuner of peft (adaptsuite.peft_methods).  Raises UsageError with the nearest names.
+    `peft:NAME` is a tuner of peft (adaptsuite.peft_methods), `sparse:NAME` a method under a mask
+    (adaptsuite.sparse_adapter).  Raises UsageError with the nearest names.
     """
     if name.startswith("peft:"):
         return importlib.import_module("adaptsuite.peft_methods").tuner(name)
+    if name.startswith("sparse:"):
+        return importlib.import_module("adaptsuite.sparse_adapter").masked(name)
     if name not in _registry:
         domain = name.partition(".")[0] if "." in name else ""
         if domain and domain not in DOMAINS:

@@ -122,6 +122,7 @@ def fit(
         run = _Run(model, task, train, val, plan, None if out is None else Path(out), handle, signals, until)
         with run.progress:
             run.resume()
+            run.begin()
             run.train_epochs(on_epoch)
             if not run.interrupted:
                 return run.finish()
@@ -189,6 +190,21 @@ class _Run:
         self.progress = Progress(out, plan, main=self.processes.main)
 
     # ---- the loop
+
+    def begin(self) -> None:
+        """What the method decides by batches, where a training starts anew."""
+        if self.reshapes and self._position() == 0:
+            self.model.train()
+            self.method.begin(self.optimizer, self.handle, self._loss_at)
+            self._take_up()
+
+    def _loss_at(self, step: int) -> Tensor:
+        """Of a batch of the first epoch, over and over; of the same samples on all processes."""
+        piece = chunks(self.steps[step % len(self.steps)], self.micro)[0]
+        batch = to_device(next(load(Seeded(self.train, self.plan.seed, 0), [piece])), self.device)
+        seed_all(self.plan.seed, "begin", step)
+        with autocast(self.device, self.plan.precision):
+            return self.task.loss(self.model, batch)
 
     def train_epochs(self, on_epoch: Callable[[dict[str, Any]], Any] | None) -> None:
         while self.epoch < self._last() and not self._out_of_patience() and not self.interrupted:
