@@ -1,5 +1,5 @@
-"""The verbs that every domain has: info, check, budget, doctor, train, evaluate, predict, embed, report, demo,
-export.
+"""The verbs that every domain has: info, check, budget, doctor, lr-test, train, compare, evaluate, predict, embed,
+report, demo, export.
 
 `domain_app("audio", ...)` makes a typer application of them. Options mean the same in all domains. Human lines go to
 stdout, or to stderr under --json, where stdout holds one JSON object.
@@ -193,6 +193,38 @@ def domain_app(
         if not found["ok"]:
             raise UsageError("; ".join(found["problems"]))
 
+    @app.command("lr-test")
+    def lr_test(
+        data: Data = None,
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        method: Method = None,
+        setting: Setting = None,
+        recipe_name: RecipeName = None,
+        test: Test = None,
+        val: Val = None,
+        cv: Cv = None,
+        seed: Seed = None,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        size: Size = None,
+        low: Annotated[float, typer.Option("--low", help="The first learning rate.")] = 1e-5,
+        high: Annotated[float, typer.Option("--high", help="The last one, unless the loss diverges before.")] = 10.0,
+        steps: Annotated[int, typer.Option("--steps", help="How many rates, one step each.")] = 100,
+        rise: Annotated[str, typer.Option("--rise", help="exponential or linear.")] = "exponential",
+        out: Out = None,
+        skip_bad: SkipBad = False,
+        as_json: Json = False,
+    ) -> None:
+        """Let the learning rate climb for some steps, and say how large it may be; with --out the picture."""
+        from adaptsuite import experiment, range_test
+
+        console, rates = Console(as_json), range_test.climb(low, high, steps, rise)
+        settled, manifest = experiment.settle(domain(), recipe(locals()))
+        found = range_test.run(domain(), settled, manifest, rates, out, console.say)
+        console.say(found["line"], *([f"report  {found['report']}"] if out else []))
+        console.result(found)
+
     @app.command()
     def train(
         data: Data = None,
@@ -230,6 +262,47 @@ def domain_app(
         if experiment.is_main():
             console.say(*experiment.summary(result))
             console.result(result)
+
+    @app.command()
+    def compare(
+        methods: Annotated[
+            str, typer.Option("--methods", help="a,b:rank=4,full: METHOD or METHOD:key=value (lists: +).")
+        ],
+        data: Data = None,
+        backbone: Backbone = None,
+        random_weights: RandomWeights = False,
+        setting: Setting = None,
+        recipe_name: RecipeName = None,
+        test: Test = None,
+        val: Val = None,
+        cv: Cv = None,
+        seed: Seed = None,
+        epochs: Epochs = None,
+        batch_size: BatchSize = None,
+        device: Device = None,
+        size: Size = None,
+        turns: Annotated[int, typer.Option("--turns", help="How often steps and forwards are timed.")] = 9,
+        out: Out = None,
+        skip_bad: SkipBad = False,
+        as_json: Json = False,
+    ) -> None:
+        """Train methods on the same rows, and set score, size, work and time of each beside full fine-tuning."""
+        from adaptsuite import compare as bench
+        from adaptsuite.compare_page import lines
+
+        if out is None:
+            raise UsageError("--out is missing: the folder that gets the adapters, the table and the report")
+        if turns < 1:
+            raise UsageError(f"--turns {turns}: expected a whole number from 1")
+        console, options = Console(as_json), locals()
+
+        def own(method: str, settings: list[str]):
+            return recipe({**options, "method": method, "setting": [*(setting or ()), *settings]})
+
+        given = {label: own(name, settings) for label, name, settings in bench.methods_of(methods)}
+        found = bench.compare(domain(), given, own(bench.FULL, []), Path(out), console.say, turns)
+        console.say(*lines(found["rows"]), *found["sentences"], f"report  {found['report']}")
+        console.result(found)
 
     @app.command()
     def evaluate(

@@ -17,7 +17,7 @@ from adaptsuite import recipe as recipes
 from adaptsuite.batches import Seeded, chunks, load, seed_all, steps_of_epoch
 from adaptsuite.checkpoint import copied
 from adaptsuite.devices import autocast, pick_device, to_device
-from adaptsuite.errors import UsageError
+from adaptsuite.errors import Diverged, UsageError
 from adaptsuite.plan import Plan
 from adaptsuite.report import Run, write_run
 from adaptsuite.trainer import make_optimizer
@@ -61,31 +61,36 @@ def range_test(handle, task, train, plan: Plan, rates: Sequence[float]) -> Range
     device, start = pick_device(plan.device), copied(handle.state())
     handle.model.to(device).train()
     optimizer, losses, smoothed = make_optimizer(handle, plan), [], []
-    batches, average = _batches(train, plan), 0.0
+    batches, average, diverged = _batches(train, plan), 0.0, False
     for number, rate in enumerate(rates):
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] / plan.lr * rate
-        losses.append(_step(handle, task, next(batches), plan, device, optimizer, number))
-        average = SMOOTH * average + (1 - SMOOTH) * losses[-1]
-        smoothed.append(average / (1 - SMOOTH ** (number + 1)))
-        if not smoothed[-1] <= DIVERGED * min(smoothed):  # also where it is not a number
+        loss = _step(handle, task, next(batches), plan, device, optimizer, number)
+        diverged = not math.isfinite(loss)
+        if not diverged:
+            losses.append(loss)
+            average = SMOOTH * average + (1 - SMOOTH) * loss
+            smoothed.append(average / (1 - SMOOTH ** (number + 1)))
+            diverged = smoothed[-1] > DIVERGED * min(smoothed)
+        if diverged:
             break
     handle.load_state(start)
     handle.model.eval()
-    return judged(list(rates[: len(losses)]), losses, smoothed, len(rates))
+    if not losses:
+        raise Diverged(f"the loss is not finite at the start, before a step with --low {rates[0]:g}")
+    return judged(list(rates[: len(losses)]), losses, smoothed, diverged, len(rates))
 
 
-def judged(rates: list[float], losses: list[float], smoothed: list[float], steps: int) -> RangeTest:
+def judged(rates: list[float], losses: list[float], smoothed: list[float], diverged: bool, steps: int) -> RangeTest:
     """The suggestion of a curve, and the reason for it."""
-    diverged = not smoothed[-1] <= DIVERGED * min(smoothed)
-    best = int(np.nanargmin(smoothed))
+    best = int(np.argmin(smoothed))
     end = f"diverged at {rates[-1]:.2g}, step {len(rates)} of {steps}" if diverged else f"finite up to {rates[-1]:.2g}"
     if smoothed[best] > FALLEN * smoothed[0]:
         reason = f"the loss never fell below its start of {smoothed[0]:.3f}; {end}"
         return RangeTest(rates, losses, smoothed, diverged, None, reason)
     suggestion = max(rates[0], float(f"{rates[best] / BELOW:.1e}"))
     reason = f"a tenth of {rates[best]:.2g}, where the smoothed loss was lowest ({smoothed[best]:.3f}); {end}"
-    if best == len(rates) - 1:
+    if best == len(rates) - 1 and not diverged:
         reason += "; it still fell there: a larger --high may allow more"
     return RangeTest(rates, losses, smoothed, diverged, suggestion, reason)
 

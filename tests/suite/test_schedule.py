@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from adaptsuite.errors import UsageError
+from adaptsuite.errors import Diverged, UsageError
 from adaptsuite.plan import Plan
+from adaptsuite.range_test import climb, judged, range_test
 from adaptsuite.schedule import lr_factor, momentum, warmup_steps
 from adaptsuite.trainer import fit
 
@@ -116,3 +117,97 @@ def test_other_schedules_leave_the_momentum_alone_and_keep_their_warm_up():
 def test_a_cycle_that_cannot_be_is_refused(settings, message):
     with pytest.raises(UsageError, match=message):
         Plan(**settings)
+
+
+# ---- the range test
+
+
+class Whole:
+    """A plain model as the handle of one group for each tensor, the first of them its head."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def trainable(self):
+        named = list(self.model.named_parameters())
+        return [{"name": "model" if i else "head", "params": [p], "names": [n]} for i, (n, p) in enumerate(named)]
+
+    def state(self):
+        return self.model.state_dict()
+
+    def load_state(self, state):
+        self.model.load_state_dict(state)
+
+    def regulariser(self):
+        return None
+
+
+class Bowl:
+    """Loss 0.5 c w^2 of a single weight, whatever the sample."""
+
+    monitor, c = "loss", 4.0
+
+    def loss(self, model, batch):
+        return 0.5 * self.c * (model.weight**2).sum()
+
+
+def bowl(weight=1.0):
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, weight)
+    return model, Whole(model)
+
+
+STEEP = Plan(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=None, batch_size=8, lr=0.5, device="cpu")
+
+
+def test_a_range_test_takes_the_steps_of_a_plain_loop_and_stops_where_they_diverge():
+    """Gradient descent on a bowl of curvature c diverges beyond a rate of 2 / c."""
+    model, handle = bowl()
+    rates = climb(1e-3, 100.0, 60)
+    found = range_test(handle, Bowl(), Blobs(24), STEEP, rates)
+    weight, average = 1.0, 0.0
+    for step, (loss, smoothed) in enumerate(zip(found.losses, found.smoothed, strict=True)):
+        expected = 0.5 * Bowl.c * weight**2
+        average = 0.9 * average + 0.1 * expected
+        assert loss == pytest.approx(expected, rel=1e-12)
+        assert smoothed == pytest.approx(average / (1 - 0.9 ** (step + 1)), rel=1e-12)
+        weight *= 1 - rates[step] * Bowl.c
+    assert found.diverged and found.rates == rates[: len(found.losses)] and len(found.rates) < 60
+    assert found.rates[-1] > 2 / Bowl.c and found.suggestion < 2 / Bowl.c
+    assert found.suggestion == pytest.approx(found.rates[int(np.argmin(found.smoothed))] / 10, rel=0.05)
+    assert f"step {len(found.rates)} of 60" in found.reason
+
+
+def test_a_range_test_leaves_the_weights_as_they_were():
+    model, handle = bowl(0.7)
+    range_test(handle, Bowl(), Blobs(24), STEEP, climb(1e-3, 1e3, 40))
+    assert model.weight.item() == 0.7 and not model.training
+
+
+def test_head_and_backbone_keep_the_ratio_of_their_rates():
+    seen, handle = [], Whole(nn.Linear(8, 3))
+    hook = register_optimizer_step_pre_hook(lambda own, *_: seen.append([g["lr"] for g in own.param_groups]))
+    try:
+        range_test(handle, Classify(), Blobs(24), replace(STEEP, head_lr=5.0), climb(1e-4, 1e-3, 10, "linear"))
+    finally:
+        hook.remove()
+    np.testing.assert_allclose([head / other for head, other in seen], 10)
+    np.testing.assert_allclose([other for _, other in seen], np.linspace(1e-4, 1e-3, 10))
+
+
+def test_a_loss_that_does_not_fall_gives_no_suggestion():
+    found = judged([0.1, 1.0, 10.0], [1.0, 1.0, 9.0], [1.0, 1.0, 5.0], True, 100)
+    assert found.suggestion is None and "never fell below its start of 1.000; diverged at 10, step 3" in found.reason
+    assert "--high" in judged([0.1, 1.0], [2.0, 1.0], [2.0, 1.0], False, 2).reason
+
+
+def test_a_loss_that_is_not_finite_at_the_start_is_one_line():
+    _, handle = bowl(math.inf)
+    with pytest.raises(Diverged, match="not finite at the start"):
+        range_test(handle, Bowl(), Blobs(24), STEEP, climb(1e-3, 1.0, 10))
+
+
+@pytest.mark.parametrize("given, message", [((1.0, 0.1, 20), "0 < low < high"), ((0.1, 1.0, 3), "10 at least")])
+def test_rates_that_do_not_climb_are_refused(given, message):
+    with pytest.raises(UsageError, match=message):
+        climb(*given)
