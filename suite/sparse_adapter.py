@@ -157,7 +157,7 @@ class SparseAdapter(Masked, Bottleneck):
 @register("large_sparse")
 @dataclass(frozen=True)
 class LargeSparse(SparseAdapter):
-    """Four times as wide, a quarter kept (section 3.3): as many values in matrices as the dense bottleneck has."""
+    """Four times as wide, a quarter kept: as many values in matrices as the dense bottleneck has."""
 
     bottleneck: int = 256
     density: float = 0.25
@@ -167,13 +167,13 @@ class LargeSparse(SparseAdapter):
 
 
 def snip(method: Masked, adapter: nn.Module, losses: Sequence[Loss]) -> list[Tensor]:
-    """|dL/dm| at a mask m of ones: |w g|, g of all batches together (Lee et al. 2019, arXiv:1810.02340, eq. 5)."""
+    """|dL/dm| at a mask m of ones: |w g|, g of all batches together (Lee et al. 2019, arXiv:1810.02340)."""
     values = [whole(place) for place in matrices(adapter)]
     return [(w * g).abs() for w, g in zip(values, _gradients(values, losses), strict=True)]
 
 
 def grasp(method: Masked, adapter: nn.Module, losses: Sequence[Loss]) -> list[Tensor]:
-    """w Hg, what the squared norm of the gradient loses without the value (Wang et al. 2020, arXiv:2002.07376, eq. 8).
+    """w Hg, what the squared norm of the gradient loses without the value (Wang et al. 2020, arXiv:2002.07376).
 
     Of the loss as it is: the authors divide the logits by 200 first.
     """

@@ -78,6 +78,8 @@ class _Maskable:
 
     def take_shapes(self, state: Mapping[str, Tensor]) -> None:
         """Masks what is masked in a saved state of the part, and nothing else."""
+        if hasattr(super(), "take_shapes"):
+            super().take_shapes(state)
         for module, name, key in list(_keys(self)):
             stored, own = state.get(f"{key}_at"), module._buffers.get(f"{name}_at")
             if stored is not None and (own is None or not torch.equal(own.cpu(), stored.cpu())):
