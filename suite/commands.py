@@ -266,7 +266,7 @@ def domain_app(
     @app.command()
     def compare(
         methods: Annotated[
-            str, typer.Option("--methods", help="a,b:rank=4,full: METHOD or METHOD:key=value (lists: +).")
+            str, typer.Option("--methods", help="a,b:rank=4,full: METHOD or METHOD:key=value (lists: x/y).")
         ],
         data: Data = None,
         backbone: Backbone = None,

@@ -13,7 +13,7 @@ import numpy as np
 from adaptsuite import experiment, metrics
 from adaptsuite import recipe as recipes
 from adaptsuite.atomic import write_file
-from adaptsuite.compare_page import NOTE, markdown, pareto, progress, sentences, table
+from adaptsuite.compare_page import NOTE, markdown, pareto, parted, progress, sentences
 from adaptsuite.costs import costs
 from adaptsuite.domain import Domain
 from adaptsuite.errors import Diverged, UsageError
@@ -24,13 +24,13 @@ from adaptsuite.report import Run, write_run
 FULL = "full"  # the method that all are measured beside
 FIGURE = (
     "Orange: full fine-tuning. The line joins the methods that no other beats in both score and cost; thin lines are "
-    "the intervals of the scores."
+    "the intervals of the scores, which may go beyond the picture."
 )
 LIMIT = "Every method ran with its own default settings and rate, unless the entry names others: no method was tuned."
 
 
 def methods_of(text: str) -> list[tuple[str, str, list[str]]]:
-    """(label, method, settings) of each entry of "a,b:rank=4:plan.lr=0.01"; lists are written with +.
+    """(label, method, settings) of each entry of "a,b:rank=4:plan.lr=0.01"; lists are written with /.
 
     Raises UsageError for an empty or a repeated entry.
     """
@@ -41,7 +41,7 @@ def methods_of(text: str) -> list[tuple[str, str, list[str]]]:
         name = ":".join(parts[: len(parts) - len(settings)])  # peft:LOKR has a colon of its own
         if not name or any("=" in part for part in parts[: len(parts) - len(settings)]):
             raise UsageError(f"--methods {text}: {label!r} is no METHOD or METHOD:key=value:key=value")
-        found.append((label, name, [setting.replace("+", ",") for setting in settings]))
+        found.append((label, name, [setting.replace("/", ",") for setting in settings]))
     labels = [label for label, *_ in found]
     if len(set(labels)) < len(labels):
         raise UsageError(f"--methods {text}: {next(x for x in labels if labels.count(x) > 1)!r} comes twice")
@@ -141,7 +141,7 @@ def _written(
     domain: Domain, settled: Mapping[str, Recipe], manifest: Manifest, rows: list[dict[str, Any]], out: Path
 ) -> dict[str, Any]:
     """The folder's table and report, and the result that `--json` prints."""
-    told, shown = sentences(rows), table(rows)
+    told, (scores, costed) = sentences(rows), parted(rows)
     write_file(out / "compare.md", markdown(rows) + "\n" + "\n".join(f"- {text}" for text in [*told, NOTE]) + "\n")
     first = next(iter(settled.values()))
     figure = pareto(rows)
@@ -152,10 +152,11 @@ def _written(
         adapted={"backbone": first.backbone + (" (random weights)" if first.random_weights else "")},
         data={"table": manifest.source.name, "rows": len(manifest), "sha256": manifest.digest},
         metrics={"compare": rows, "sentences": told},
-        comparison=shown,
+        comparison=scores,
         extra=[
-            {"title": "What the numbers say", "text": " ".join([*told, NOTE])},
+            {"title": "What the numbers say", "text": " ".join(told)},
             *([{"title": "Score and cost", "figure": figure, "caption": FIGURE}] if figure else []),
+            {"title": "What each costs", "text": NOTE, "table": costed},
         ],
         limits=[LIMIT],
         seeds=first.seeds,

@@ -15,6 +15,8 @@ NOTE = (
     "of the machine cancels. A probe's step is without the cache of features that its training may use."
 )
 
+COSTS = ("no head", "kB", "MMAC", "act. MB", "step/full", "ms", "ms merged")
+
 Row = Mapping[str, Any]
 
 
@@ -46,6 +48,13 @@ def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
         )
     empty = {name for name in shown[0] if all(own.get(name) is None for own in shown)} if shown else set()
     return [{name: value for name, value in own.items() if name not in empty} for own in shown]
+
+
+def parted(rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The same columns as two tables that fit on a page: scores, with their bars, and costs."""
+    shown = table(rows)
+    costs = [{name: own[name] for name in ("method", *COSTS) if name in own} for own in shown]
+    return [{name: value for name, value in own.items() if name not in COSTS} for own in shown], costs
 
 
 def _full_ms(rows: Sequence[Row], kind: str) -> float:
@@ -173,7 +182,8 @@ def pareto(rows: Sequence[Row]) -> str | None:
             axis.set_xscale(scale)
             _points(axis, rows, costs)
             axis.set_xlabel(name)
-            axis.margins(x=0.12, y=0.1)
+            axis.margins(x=0.12)
+            axis.set_ylim(*_between([row["score"]["value"] for row in rows]))
             axis.grid(color="#e6eaee", lw=0.7)
             figure.draw_without_rendering()  # the layout has to be settled before names are placed
             _names(figure, axis, [row["method"] for row in rows], costs, [row["score"]["value"] for row in rows])
@@ -181,6 +191,12 @@ def pareto(rows: Sequence[Row]) -> str | None:
         if rows[0]["metric"] in LOWER:
             figure.axes[0].invert_yaxis()
         return figures.embed(figure)
+
+
+def _between(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of an axis on which values are told apart; intervals of few rows go beyond it."""
+    room = 0.3 * (max(values) - min(values)) or 0.02
+    return min(values) - room, max(values) + room
 
 
 def _points(axis, rows: Sequence[Row], costs: Sequence[float]) -> None:

@@ -1,17 +1,16 @@
-"""Methods side by side: accuracy with intervals over folds and seeds, trained values, MACs, relative time.
+"""Methods side by side, as `adapt DOMAIN compare` has them, on the data and the networks of this project's figures.
 
 python tests/benchmarks/methods.py DOMAIN [--data MANIFEST] [--cv COLUMN | --test COLUMN=VALUE] [--methods a,b]
-    [--seeds 0,1,2] [--epochs N] [--random-weights] [--backbone NAME] [--set key=value ...] [--json FILE]
+    [--seeds 0,1,2] [--epochs N] [--random-weights] [--backbone NAME] [--set key=value ...] [--out FOLDER]
 python tests/benchmarks/methods.py vision --cultivars 40 --shots 3 --separation 1.6
 
 DOMAIN is audio or vision; without --data it is ESC-10 by folds, and Grocery from train to val. With --cultivars the
-task is drawn (adaptsuite.vision.synthetic), by the seed, and its ceiling is printed. A method may carry settings of its
-own, as vision.ila:residual=ones. The backbone kwt-1 is the network of one's own in tests/audio/kwt1.py, with its
-published weights. Prints one row as soon as a method is done; times are relative to the first method of the process.
+task is drawn (adaptsuite.vision.synthetic), by the seed, and its ceiling is printed. The backbone kwt-1 is the network
+of one's own in tests/audio/kwt1.py, with its published weights. Adapters, table and report go to --out; without it
+nothing is left but what is printed.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -44,7 +43,7 @@ DOMAINS = {
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("domain", choices=DOMAINS)
-    for name in ("data", "cv", "test", "methods", "backbone", "json"):
+    for name in ("data", "cv", "test", "methods", "backbone", "out"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--epochs", type=int)
@@ -76,35 +75,21 @@ def drawn(given: argparse.Namespace, folder: str) -> tuple[str, str]:
     ), f"ceiling {known:.3f} with the means of the traits known, {seen:.3f} with {given.shots} leaves each"
 
 
-def one(given: argparse.Namespace, domain, method: str, data: str) -> dict:
-    """The result of a method over all seeds and folds, with its MACs and the mean seconds of a fit."""
-    from adaptsuite import experiment
+def recipe_of(given: argparse.Namespace, domain, data: str, method: str, settings: list[str]):
     from adaptsuite.commands import read_recipe
 
-    name, _, own = method.partition(":")
-    options = {
-        "data": data,
-        "backbone": given.backbone,
-        "random_weights": given.random_weights,
-        "method": name,
-        "cv": given.cv,
-        "test": given.test,
-        "epochs": given.epochs,
-        "size": (DOMAINS[given.domain]["size"], None),
-        "setting": [f"seeds={given.seeds}", *filter(None, own.split(":")), *given.settings],
-    }
-    settled, manifest = experiment.settle(domain, read_recipe(domain, options))
-    macs = experiment.budget_of(domain, settled).macs_per_item
-    with tempfile.TemporaryDirectory() as folder:
-        result, outcomes = experiment.train(domain, settled, manifest, folder)
-    seconds = sum(o.fit.seconds for o in outcomes) / len(outcomes)
-    return {"method": method, "random_weights": given.random_weights, "macs": macs, "fit": seconds, **result}
+    options = {name: getattr(given, name) for name in ("backbone", "random_weights", "cv", "test", "epochs")}
+    options |= {"size": (DOMAINS[given.domain]["size"], None), "data": data, "method": method}
+    return read_recipe(domain, {**options, "setting": [f"seeds={given.seeds}", *settings, *given.settings]})
 
 
 def main() -> None:
     import importlib
 
-    given, rows = arguments(), []
+    from adaptsuite.compare import FULL, compare, methods_of
+    from adaptsuite.compare_page import lines
+
+    given = arguments()
     domain = importlib.import_module(f"adaptsuite.{given.domain}.pipeline").DOMAIN
     if given.backbone == "kwt-1":
         sys.path.insert(0, str(ROOT / "tests" / "audio"))
@@ -118,25 +103,11 @@ def main() -> None:
         if given.cultivars:
             data, ceiling = drawn(given, folder)
             print(ceiling)
-        print(
-            f"{'method':<28} {'trained':>9} {'no head':>9} {'MMAC':>7}  accuracy [95 % interval]   range over seeds"
-            "   seconds  relative"
-        )
-        for method in given.methods.split(","):
-            row = one(given, domain, method, data)
-            rows.append(row)
-            found = row["metrics"]["test"]["accuracy"]
-            low, high = found["ci"]
-            worst, best = found.get("range", [found["value"]] * 2)
-            params = row["params"]
-            print(
-                f"{method:<28} {params['trained']:>9,} {params['trained_without_head']:>9,} {row['macs'] / 1e6:>7.1f}  "
-                f"{found['value']:.3f} [{low:.3f}, {high:.3f}]      {worst:.3f} to {best:.3f}  {row['fit']:>8.1f}  "
-                f"{row['fit'] / rows[0]['fit']:.2f}",
-                flush=True,
-            )
-            if given.json:
-                Path(given.json).write_text(json.dumps(rows, indent=1, default=str))
+        entries = methods_of(given.methods)
+        recipes = {label: recipe_of(given, domain, data, name, settings) for label, name, settings in entries}
+        full = recipe_of(given, domain, data, FULL, [])
+        found = compare(domain, recipes, full, Path(given.out or folder), lambda line: print(line, flush=True))
+    print(*lines(found["rows"]), *found["sentences"], sep="\n")
 
 
 if __name__ == "__main__":

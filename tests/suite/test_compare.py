@@ -36,9 +36,9 @@ def row(method, score, trained, step=0.7, metric="accuracy", **more):
 
 
 def test_entries_carry_settings_and_lists_and_names_with_a_colon():
-    found = methods_of("lora, lora:rank=4:sites=attn.q+attn.v,peft:LOKR:rank=2")
+    found = methods_of("lora, lora:rank=4:sites=attn.q/attn.v,peft:LOKR:rank=2")
     assert found[0] == ("lora", "lora", [])
-    assert found[1] == ("lora:rank=4:sites=attn.q+attn.v", "lora", ["rank=4", "sites=attn.q,attn.v"])
+    assert found[1] == ("lora:rank=4:sites=attn.q/attn.v", "lora", ["rank=4", "sites=attn.q,attn.v"])
     assert found[2][1:] == ("peft:LOKR", ["rank=2"])
 
 
