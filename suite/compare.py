@@ -13,7 +13,7 @@ import numpy as np
 from adaptsuite import experiment, metrics
 from adaptsuite import recipe as recipes
 from adaptsuite.atomic import write_file
-from adaptsuite.compare_page import NOTE, markdown, pareto, parted, progress, sentences
+from adaptsuite.compare_page import NOTE, is_full, markdown, pareto, parted, progress, sentences
 from adaptsuite.costs import costs
 from adaptsuite.domain import Domain
 from adaptsuite.errors import Diverged, UsageError
@@ -59,8 +59,8 @@ def compare(
     """Trains every recipe on the same folds and seeds, measures it beside the reference, and writes table and report.
 
     given: label -> recipe, as options gave it.  reference: the same of full fine-tuning; it is only trained where it is
-    among them.  count: turns in which times are taken.  Returns {"metric", "part", "rows", "sentences", "report"}; a
-    method whose training diverged is a row with its reason.  Raises UsageError for one that does not fit.
+    among them.  count: turns in which times are taken.  Returns {"rows", "sentences", "table", "report"}; a method
+    whose training diverged is a row with its reason.  Raises UsageError for one that does not fit.
     """
     manifest = experiment.read_table(domain, reference)
     with experiment.rows_named(manifest):
@@ -108,12 +108,14 @@ def _row(
 
 
 def _against_full(domain: Domain, manifest: Manifest, rows: list[dict[str, Any]]) -> None:
-    """Adds `against_full` to each row: the difference of scores on the same rows, with a paired interval over groups.
+    """Adds `against_full` to each row: its score less full fine-tuning's, with a paired interval over groups.
 
-    Only where labels are scored, and where full fine-tuning is among the methods and saw the same rows.
+    Only where labels are scored, and where full fine-tuning is among the methods (its first entry counts) and saw the
+    same rows.
     """
     said = {row["method"]: row.pop("said", []) for row in rows}
-    if not said.get(FULL) or manifest.task not in LABELLED:
+    full = next((row for row in rows if is_full(row) and said[row["method"]]), None)
+    if full is None or manifest.task not in LABELLED:
         return
 
     def drawn(label: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -122,16 +124,15 @@ def _against_full(domain: Domain, manifest: Manifest, rows: list[dict[str, Any]]
             return None
         outputs = np.concatenate([own for _, own in said[label]])
         scored = metrics.prepare(outputs, domain.targets(subset, manifest.classes), manifest.task, False)
-        statistic = metrics.METRICS[manifest.task][metric]
+        statistic = metrics.METRICS[manifest.task][full["metric"]]
         return metrics.resample(lambda weights: statistic(scored, weights), len(where), groups)
 
-    metric = next(row["metric"] for row in rows if row["method"] == FULL)
-    where = np.concatenate([own for own, _ in said[FULL]])
+    where = np.concatenate([own for own, _ in said[full["method"]]])
     subset = manifest.subset(where)
     groups = subset.groups()
-    theirs = drawn(FULL)
+    theirs = drawn(full["method"])
     for row in rows:
-        ours = drawn(row["method"]) if row["method"] != FULL and row.get("metric") == metric else None
+        ours = drawn(row["method"]) if row is not full and row.get("metric") == full["metric"] else None
         if ours is not None:
             interval = metrics.band(ours[1] - theirs[1]).tolist() if len(theirs[1]) else None
             row["against_full"] = {"value": float(ours[0] - theirs[0]), "ci": interval}

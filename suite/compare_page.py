@@ -20,6 +20,11 @@ COSTS = ("no head", "kB", "MMAC", "act. MB", "step/full", "ms", "ms merged")
 Row = Mapping[str, Any]
 
 
+def is_full(row: Row) -> bool:
+    """Whether a row is of full fine-tuning, with whatever settings."""
+    return row["method"].partition(":")[0] == "full"
+
+
 def table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The columns that all outputs show; a cell is text, a number, None or a metric {"value", "ci"}."""
     full_ms = {kind: _full_ms(rows, kind) for kind in ("step", "latency")}
@@ -123,8 +128,8 @@ def scored(rows: Sequence[Row]) -> list[Row]:
 def sentences(rows: Sequence[Row]) -> list[str]:
     """Whether full fine-tuning or an adapter wins, by how much and at what price, and which steps are no quicker."""
     known = scored(rows)
-    full = next((row for row in known if row["method"] == "full"), None)
-    others = [row for row in known if row is not full]
+    full = max(filter(is_full, known), key=_better, default=None)
+    others = [row for row in known if not is_full(row)]
     told = [f"{row['method']} diverged: {row['failed']}" for row in rows if "failed" in row]
     if full is not None and others:
         told.insert(0, _duel(full, max(others, key=_better)))
@@ -204,7 +209,7 @@ def _points(axis, rows: Sequence[Row], costs: Sequence[float]) -> None:
     best = front(costs, [_better(row) for row in rows])
     axis.plot([costs[i] for i in best], [values[i] for i in best], color=figures.SOFT, lw=1.6, zorder=1)
     for i, row in enumerate(rows):
-        color = figures.WARM if row["method"] == "full" else figures.ACCENT
+        color = figures.WARM if is_full(row) else figures.ACCENT
         if row["score"].get("ci"):
             axis.plot([costs[i]] * 2, row["score"]["ci"], color=color, lw=0.8, alpha=0.35, zorder=1)
         axis.plot(costs[i], values[i], "o", color=color, ms=5.5 if i in best else 4, zorder=2)

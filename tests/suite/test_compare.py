@@ -71,6 +71,8 @@ def test_full_fine_tuning_that_wins_is_said_to_win_and_a_difference_that_is_not_
     assert "[-0.040, 0.010] and holds 0" in said and "lora trains 100 times fewer parameters" in said
     rows[1]["against_full"] = {"value": -0.02, "ci": [-0.04, -0.01]}
     assert "holds 0" not in sentences(rows)[0]
+    rows[2]["method"] = "full:plan.lr=1e-4"
+    assert sentences(rows)[0].startswith("Full fine-tuning wins")
     rows[1]["score"]["value"] = 0.95
     assert sentences(rows)[0].startswith("lora, the best adapter, is ahead of full fine-tuning: accuracy 0.950")
 

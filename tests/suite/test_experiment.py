@@ -307,6 +307,19 @@ def test_the_grid_keeps_the_best_rate_and_looks_at_test_rows_only_afterwards(tmp
     assert said == [*lines, "chosen    0.05"]
 
 
+def test_a_grid_of_decays_is_judged_with_the_rates_pair_by_pair(tmp_path):
+    grids = {"lr_grid": (1e-6, 0.05), "weight_decay_grid": (0.0, 50.0)}
+    result, _, said = run_toy(clouds(tmp_path), tmp_path / "run", **grids)
+    rows = result["metrics"]["lr_grid"]
+    assert [(row["lr"], row["weight_decay"]) for row in rows] == [(1e-6, 0.0), (1e-6, 50.0), (0.05, 0.0), (0.05, 50.0)]
+    assert [row["chosen"] for row in rows] == [False, False, True, False]  # a decay of 50 x .05 undoes every step
+    assert said[-1] == "chosen    0.05 wd 0" and (tmp_path / "run" / "lr-0.05-wd-50" / "log.jsonl").exists()
+    assert "validation rows chose wd 0 of 0, 50 and its epoch" in " ".join(result["warnings"])
+    assert "Learning rates and weight decays" in (tmp_path / "run" / "report.html").read_text()
+    alone, _, _ = run_toy(clouds(tmp_path), tmp_path / "alone", weight_decay_grid=(0.0, 50.0), plan={"lr": 0.05})
+    assert same(weights_of(tmp_path / "run"), weights_of(tmp_path / "alone"))
+
+
 def test_the_report_and_the_adapter_say_which_rates_were_tried_and_that_validation_chose(tmp_path):
     result, _, _ = run_toy(clouds(tmp_path), tmp_path / "run", lr_grid=(1e-6, 0.01, 0.05))
     notes = " ".join(result["warnings"])
@@ -411,6 +424,9 @@ def test_every_seed_chooses_for_itself(tmp_path):
     [
         ({"lr_grid": (0.1, 0.2)}, "lr_grid chooses the learning rate on validation rows, and split has none"),
         ({"refit": True}, "refit chooses the number of epochs on validation rows, and split has none"),
+        ({"weight_decay_grid": (0.1,)}, "weight_decay_grid chooses the weight decay on validation rows"),
+        ({"weight_decay_grid": (0.1, 0.1), "with_val": True}, "weight_decay_grid=0.1,0.1 names a decay twice"),
+        ({"weight_decay_grid": (-0.1,), "with_val": True}, "weight_decay_grid: weight_decay=-0.1: expected"),
         ({"lr_grid": (0.1, 0.1), "with_val": True}, "lr_grid=0.1,0.1 names a rate twice"),
         ({"lr_grid": (0.1, -0.1), "with_val": True}, "lr_grid: lr=-0.1: expected a number above 0"),
         ({"lr_grid": (0.1, 1e-3), "plan": {"min_lr": 1e-2, "lr": 1.0}, "with_val": True}, "lr_grid: min_lr=0.01 is"),
