@@ -22,6 +22,7 @@ _PUBLIC = {
     "compile_host": "compiled",
     "fit": "trainer",
     "Plan": "trainer",
+    "range_test": "range_test",
     "load_backbone": "backbones",
     "to_peft": "peft_bridge",
     "from_peft": "peft_bridge",

@@ -217,11 +217,12 @@ def domain_app(
         as_json: Json = False,
     ) -> None:
         """Let the learning rate climb for some steps, and say how large it may be; with --out the picture."""
-        from adaptsuite import experiment, range_test
+        from adaptsuite import experiment
+        from adaptsuite.range_test import climb, run
 
-        console, rates = Console(as_json), range_test.climb(low, high, steps, rise)
+        console, rates = Console(as_json), climb(low, high, steps, rise)
         settled, manifest = experiment.settle(domain(), recipe(locals()))
-        found = range_test.run(domain(), settled, manifest, rates, out, console.say)
+        found = run(domain(), settled, manifest, rates, out, console.say)
         console.say(found["line"], *([f"report  {found['report']}"] if out else []))
         console.result(found)
 

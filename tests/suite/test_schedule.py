@@ -1,15 +1,18 @@
 """One cycle against its formula in plain loops, and what a range test finds. Killed cycles: test_resume.py."""
 
+import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from adaptsuite.cli import main
 from adaptsuite.errors import Diverged, UsageError
 from adaptsuite.plan import Plan
 from adaptsuite.range_test import climb, judged, range_test
@@ -211,3 +214,21 @@ def test_a_loss_that_is_not_finite_at_the_start_is_one_line():
 def test_rates_that_do_not_climb_are_refused(given, message):
     with pytest.raises(UsageError, match=message):
         climb(*given)
+
+
+def test_the_command_says_one_line_and_draws_its_picture(tmp_path, capsys):
+    for i in range(12):
+        folder = tmp_path / "data" / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (20 + 200 * (i % 2), 10 * i, 90)).save(folder / f"{i}.png")
+    line = "vision lr-test --backbone embedded:vision-tiny --image-size 48 --method lora --steps 12 --json".split()
+    line += ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--set=plan.batch_size=4"]
+    assert main([*line, "--set=plan.schedule=one_cycle"]) == 0, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert 1 <= len(found["rates"]) == len(found["losses"]) <= found["steps"] == 12
+    assert found["line"].startswith("lr ") and found["line"] in err and found["reason"] in found["line"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Loss at each rate" in page and "data:image/svg+xml" in page
+    assert main([*line, "--low", "1", "--high", "0.1"]) == 2
+    assert "0 < low < high" in capsys.readouterr().err
