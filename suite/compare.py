@@ -13,7 +13,7 @@ import numpy as np
 from adaptsuite import experiment, metrics
 from adaptsuite import recipe as recipes
 from adaptsuite.atomic import write_file
-from adaptsuite.compare_page import NOTE, is_full, markdown, pareto, parted, progress, sentences
+from adaptsuite.compare_page import NOTE, caption, is_full, markdown, pareto, parted, progress, sentences
 from adaptsuite.costs import costs
 from adaptsuite.domain import Domain
 from adaptsuite.errors import Diverged, UsageError
@@ -22,10 +22,6 @@ from adaptsuite.recipe import Recipe
 from adaptsuite.report import Run, write_run
 
 FULL = "full"  # the method that all are measured beside
-FIGURE = (
-    "Orange: full fine-tuning. The line joins the methods that no other beats in both score and cost; thin lines are "
-    "the intervals of the scores, which may go beyond the picture."
-)
 LIMIT = "Every method ran with its own default settings and rate, unless the entry names others: no method was tuned."
 
 
@@ -156,7 +152,7 @@ def _written(
         comparison=scores,
         extra=[
             {"title": "What the numbers say", "text": " ".join(told)},
-            *([{"title": "Score and cost", "figure": figure, "caption": FIGURE}] if figure else []),
+            *([{"title": "Score and cost", "figure": figure, "caption": caption(rows)}] if figure else []),
             {"title": "What each costs", "text": NOTE, "table": costed},
         ],
         limits=[LIMIT],

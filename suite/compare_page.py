@@ -182,24 +182,35 @@ def pareto(rows: Sequence[Row]) -> str | None:
         ("trained parameters", [row["params"]["trained"] for row in rows], "log"),
         ("time of a step, full fine-tuning = 1", [row["step"]["value"] for row in rows], "linear"),
     )
+    metric, values = rows[0]["metric"], [row["score"]["value"] for row in rows]
     with figures.canvas(10.4, 4.6) as figure:
         for axis, (name, costs, scale) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
             axis.set_xscale(scale)
             _points(axis, rows, costs)
             axis.set_xlabel(name)
             axis.margins(x=0.12)
-            axis.set_ylim(*_between([row["score"]["value"] for row in rows]))
             axis.grid(color="#e6eaee", lw=0.7)
-            figure.draw_without_rendering()  # the layout has to be settled before names are placed
-            _names(figure, axis, [row["method"] for row in rows], costs, [row["score"]["value"] for row in rows])
-        figure.axes[0].set_ylabel(str(rows[0]["metric"]).replace("_", " "))
-        if rows[0]["metric"] in LOWER:
-            figure.axes[0].invert_yaxis()
+        figure.axes[0].set_ylabel(metric.replace("_", " "))
+        figure.axes[0].set_ylim(*_between(values)[:: -1 if metric in LOWER else 1])  # better is up
+        figure.draw_without_rendering()  # names are placed once the layout is settled
+        for axis, (_, costs, _) in zip(figure.axes, panels, strict=True):
+            _names(figure, axis, [row["method"] for row in rows], costs, values)
         return figures.embed(figure)
 
 
+def caption(rows: Sequence[Row]) -> str:
+    """What the picture shows, and how sure its heights are."""
+    widths = [np.ptp(row["score"]["ci"]) for row in scored(rows) if row["score"].get("ci")]
+    sure = (
+        f" Intervals of the scores are {np.median(widths):.3f} wide, the median of all: see the table."
+        if widths
+        else ""
+    )
+    return f"Orange: full fine-tuning. The line joins the methods that no other beats in both score and cost.{sure}"
+
+
 def _between(values: Sequence[float]) -> tuple[float, float]:
-    """Ends of an axis on which values are told apart; intervals of few rows go beyond it."""
+    """Ends of an axis on which values are told apart; intervals would go beyond it."""
     room = 0.3 * (max(values) - min(values)) or 0.02
     return min(values) - room, max(values) + room
 
@@ -210,8 +221,6 @@ def _points(axis, rows: Sequence[Row], costs: Sequence[float]) -> None:
     axis.plot([costs[i] for i in best], [values[i] for i in best], color=figures.SOFT, lw=1.6, zorder=1)
     for i, row in enumerate(rows):
         color = figures.WARM if is_full(row) else figures.ACCENT
-        if row["score"].get("ci"):
-            axis.plot([costs[i]] * 2, row["score"]["ci"], color=color, lw=0.8, alpha=0.35, zorder=1)
         axis.plot(costs[i], values[i], "o", color=color, ms=5.5 if i in best else 4, zorder=2)
 
 

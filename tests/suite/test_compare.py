@@ -10,7 +10,7 @@ import pytest
 
 from adaptsuite import attach
 from adaptsuite.compare import _against_full, methods_of
-from adaptsuite.compare_page import front, lines, markdown, pareto, sentences, table
+from adaptsuite.compare_page import caption, front, lines, markdown, pareto, sentences, table
 from adaptsuite.costs import merged, ratio, turns
 from adaptsuite.errors import UsageError
 from adaptsuite.manifest import load_manifest
@@ -105,6 +105,7 @@ def test_the_picture_names_every_method_once_in_each_panel():
     rows = [row(name, 0.8 + 0.001 * i, 1000 + i, 0.7 + 0.001 * i) for i, name in enumerate(names)]
     svg = base64.b64decode(pareto(rows).partition(",")[2]).decode()
     assert all(svg.count(f">{name}</text>") == 2 for name in names)
+    assert "are 0.040 wide" in caption(rows)
     assert pareto([{"method": "wild", "failed": "lr 9"}]) is None
 
 
