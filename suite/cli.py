@@ -40,9 +40,40 @@ def root(
 def demo(
     out: str = typer.Option("runs/demo", help="Folder of the reports."),
 ) -> None:
-    """Adapt the embedded backbones to generated data: no network, no files of yours, five minutes."""
+    """Adapt the embedded backbones to generated data: no network, no files of yours, five minutes, one page."""
+    import time
+
+    from adaptsuite.demo import write_index
+
+    start, found = time.perf_counter(), {}
+    for number, domain in enumerate(COMMANDS, 1):
+        typer.echo(f"\n[{number}/{len(COMMANDS)}] {domain}, after {time.perf_counter() - start:.0f} s")
+        found[domain] = importlib.import_module(f"adaptsuite.{domain}.demo").run(out)
+    seconds = time.perf_counter() - start
+    typer.echo(f"\nall four  {write_index(out, found, seconds)}  ({seconds:.0f} s): open it in a browser")
+
+
+@app.command()
+def recipes(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
+    """List the recipes that come with each domain: method, backbone, expected cost and paper."""
+    from adaptsuite.commands import Console
+    from adaptsuite.recipe import load_recipe, shipped_recipes
+
+    console, found = Console(as_json), []
     for domain in COMMANDS:
-        importlib.import_module(f"adaptsuite.{domain}.demo").run(out)
+        for name in shipped_recipes(domain):
+            recipe = load_recipe(name, domain)
+            times = f"{recipe.plan['epochs']} epochs" + (
+                f" x {len(recipe.seeds)} seeds" if len(recipe.seeds) > 1 else ""
+            )
+            console.say(f"{domain:<8} {name:<18} {recipe.method} on {recipe.backbone}")
+            console.say(f"{'':<9}cost   {recipe.cost}; {times}")
+            if recipe.paper:
+                console.say(f"{'':<9}paper  {recipe.paper}")
+            row = {"domain": domain, "name": name, "method": recipe.method, "backbone": recipe.backbone}
+            found.append({**row, "cost": recipe.cost, "paper": recipe.paper, "epochs": recipe.plan["epochs"]})
+    console.say("\nadapt DOMAIN train --recipe NAME --data YOURS --out runs/mine; --backbone and --set change it")
+    console.result({"recipes": found})
 
 
 @app.command()
@@ -137,9 +168,16 @@ def _usage(error) -> str:
     """typer's message on one line, with the nearest options of the command where an option is unknown."""
     message = " ".join(error.format_message().split())
     name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if context is not None and message.startswith("No such command '"):
+        word, group = message.split("'")[1], context.command.commands
+        verbs = group["audio"].commands if "audio" in group else {}
+        hint = f"it is a verb of a domain: adapt DOMAIN {word}" if word in verbs else nearest(word, group)
+        message = f"no command {word!r} in {context.command_path}; {hint}"
     if name and context is not None and "No such option" in message:
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         message = f"no option {name} in {context.command_path}; {nearest(name, options)}"
+    elif context is not None and ";" not in message:
+        message += f" ({context.command_path} --help lists what there is)"
     return message
 
 

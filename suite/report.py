@@ -166,19 +166,6 @@ def host_facts() -> dict[str, Any]:
 
 def render(run: Run) -> str:
     """The HTML of report.html; whatever comes from data is escaped, and nothing in it can run or load."""
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "cell": cell,
-        "words": _words,
-        "tabulate": tabulate,
-        "folded": _folded,
-        "plus_minus": plus_minus,
-    }
     part = next((name for name in ("test", "val") if run.metrics.get(name)), None)
     view = {
         "run": run,
@@ -203,7 +190,25 @@ def render(run: Run) -> str:
     }
     if run.predictions is not None and len(run.predictions.paths) and run.labels:
         view["evidence"] = evidence(run.predictions, run.labels, run.task)
-    return environment.get_template("report.html.j2").render(_shareable(view))
+    return page("report.html.j2", **view)
+
+
+def page(template: str, **view: Any) -> str:
+    """A template of this package, filled without folders of this user; what comes from data is escaped."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "cell": cell,
+        "words": _words,
+        "tabulate": tabulate,
+        "folded": _folded,
+        "plus_minus": plus_minus,
+    }
+    return environment.get_template(template).render(_shareable(view))
 
 
 def _score_table(run: Run) -> list[dict[str, Any]]:

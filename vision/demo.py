@@ -3,7 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from adaptsuite import experiment
+from adaptsuite.demo import exhibit
+from adaptsuite.images import read
 from adaptsuite.recipe import Recipe
 from adaptsuite.report import comparison_row, read_run
 
@@ -32,6 +36,7 @@ def run(
         f"ceiling   {ceiling:.3f} with the cultivars' traits known, {shown:.3f} with those of {shots} leaves",
         flush=True,
     )
+    print(f"\n{'method':<22} {'trained':>10}  {'MMACs':>6}  accuracy [95 % interval]   seconds", flush=True)
     rows, result = [], {}
     for method in methods:
         recipe = Recipe("vision", BACKBONE, method=method, augment=AUGMENT)
@@ -40,12 +45,21 @@ def run(
         settled, manifest = experiment.settle(DOMAIN, recipe)
         macs = experiment.budget_of(DOMAIN, settled).macs_per_item / 1e6
         result = experiment.run(DOMAIN, settled, manifest, folder / method, comparison=rows)
-        rows.append(comparison_row(read_run(folder / method), **{"MMACs": round(macs, 1)}))
-    print(f"\n{'method':<22} {'trained':>10}  {'MMACs':>6}  accuracy [95 % interval]   seconds")
-    for row in rows:
+        row = comparison_row(read_run(folder / method), **{"MMACs": round(macs, 1)})
+        rows.append(row)
         low, high = row["accuracy"]["ci"]
         value = f"{row['accuracy']['value']:.3f} [{low:.3f}, {high:.3f}]"
-        print(f"{row['method']:<22} {row['trained']:>10,}  {row['MMACs']:>6.1f}  {value}   {row['seconds']:.0f}")
+        line = f"{row['method']:<22} {row['trained']:>10,}  {row['MMACs']:>6.1f}  {value}   {row['seconds']:.0f}"
+        print(line, flush=True)
     print(f"{'ceiling':<22} {'':>10}  {'':>6}  {ceiling:.3f}")
     print(f"\nreport    {result['report']}")
-    return result
+    leaves = sorted(folder.glob("data/*/*-000.png"))
+    return result | exhibit(
+        folder,
+        f"{cultivars} cultivars from {shots} leaves each, told apart by an inter-layer adapter",
+        "accuracy",
+        rows[-1]["accuracy"],
+        f"chance {1 / cultivars:.3f}",
+        [np.asarray(read(path)) for path in leaves[:4]],
+        "adapt vision train --data FOLDER_OF_CLASSES --recipe fixed --out runs/mine",
+    )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adaptsuite.atomic import write_file
 from adaptsuite.backbones import load_backbone
+from adaptsuite.demo import exhibit
 from adaptsuite.host import Handle, attach
 from adaptsuite.vl import synthetic
 from adaptsuite.vl.blind import BLIND, blank_of
@@ -29,7 +30,7 @@ LORA = {"rank": 16, "alpha": 16.0, "sites": SITES}
 ROUTINGS = ("add", "mul", "mul_expand")
 ROWS: dict[str, dict[str, Any]] = {"lora": {"method": "lora"}}
 ROWS |= {f"lora+{name}": {"method": "vl.routed_lora", "routing": name} for name in ROUTINGS}
-BLIND_ROW = "lora+mul_expand"  # what the blind baselines train
+BLIND_ROW = ROUTED = "lora+mul_expand"  # what the blind baselines train, and what the page shows beside plain LoRA
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Pool:
 
     level: int
     scenes: np.ndarray  # (N,)
+    pictures: np.ndarray  # (N, 3, 32, 32) uint8
     features: Tensor  # (N, 1 + patches, D)
 
     def asked(self, rng: np.random.Generator, rows: np.ndarray | None = None) -> "Questions":
@@ -89,11 +91,9 @@ def _texts(model: PairedModel, level: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def pool(pair: nn.Module, scenes: np.ndarray, level: int, rng: np.random.Generator, size: int = 500) -> Pool:
-    parts = []
-    for start in range(0, len(scenes), size):
-        pictures = torch.from_numpy(synthetic.render(scenes[start : start + size], rng))
-        parts.append(pair.encode_image(pictures))
-    return Pool(level, scenes, torch.cat(parts))
+    pictures = [synthetic.render(scenes[start : start + size], rng) for start in range(0, len(scenes), size)]
+    features = torch.cat([pair.encode_image(torch.from_numpy(part)) for part in pictures])
+    return Pool(level, scenes, np.concatenate(pictures), features)
 
 
 def train(
@@ -139,24 +139,30 @@ def train(
 
 
 @torch.no_grad()
-def hits(handle: Handle, asked: Questions, blind: str = "", blank: Tensor | None = None, size: int = 500) -> np.ndarray:
-    """(N,) 1 where the answer is right."""
+def answers(handle: Handle, asked: Questions, blind: str = "", blank: Tensor | None = None, size: int = 500):
+    """(N,) the number of the answer in `synthetic.ANSWERS` to each question."""
     found = []
     for start in range(0, len(asked.rows), size):
         batch = asked.batch(handle.model, slice(start, start + size), blind, blank)
-        found.append((AnswerTask().predict(handle.model, batch).argmax(1) == batch["target"].argmax(1)).numpy())
-    return np.concatenate(found).astype(float)
+        found.append(AnswerTask().predict(handle.model, batch).argmax(1).numpy())
+    return np.concatenate(found)
 
 
-def score_row(
+def answer_row(
     pair: nn.Module, data: Pool, asked: Questions, steps: int, seed: int, settings: Mapping[str, Any], blind: str = ""
 ) -> tuple[np.ndarray, dict[str, int], float]:
-    """(N,) hits of one row of a table, its parameter counts, and seconds; the pair is as before."""
+    """(N,) answers of one row of a table, its parameter counts, and seconds; the pair is as before."""
     start = time.perf_counter()
     handle, blank = train(pair, data, steps, seed, blind=blind, **settings)
-    right, counts = hits(handle, asked, blind, blank), handle.parameters_count()
+    said, counts = answers(handle, asked, blind, blank), handle.parameters_count()
     handle.detach()
-    return right, counts, time.perf_counter() - start
+    return said, counts, time.perf_counter() - start
+
+
+def score_row(pair: nn.Module, data: Pool, asked: Questions, *row: Any) -> tuple[np.ndarray, dict[str, int], float]:
+    """The same with (N,) 1 where the answer is right."""
+    said, *facts = answer_row(pair, data, asked, *row)
+    return (said == asked.answer).astype(float), *facts
 
 
 def run(
@@ -167,7 +173,10 @@ def run(
     level: int = 1,
     say: Callable[[str], None] = lambda line: print(line, flush=True),
 ) -> dict[str, Any]:
-    """Writes OUT/vl/table.json and returns it: {"table": {row: {"value", "ci"}}, "bounds", "trained", ...}."""
+    """Writes OUT/vl/table.json and the report beside it; returns the table: {"table": {row: {"value", "ci"}}, "bounds",
+    "params", ...}."""
+    from adaptsuite.vl.demo_page import write_page
+
     start = time.perf_counter()
     pair = load_backbone(BACKBONE)
     parts, rng = synthetic.split(), np.random.default_rng(0)
@@ -176,12 +185,12 @@ def run(
     asked, bounds = held.asked(rng), synthetic.bounds(level)
     say(f"data      {pictures} generated scenes to train on, {tests} of others to test; both encoders are frozen")
     say(f"\n{'row':<16} {'trained':>8} {'with head':>10}  accuracy [95 % of scenes]   seconds")
-    table, counts = {}, {}
+    table, counts, said = {}, {}, {}
     rows = {name: (settings, "") for name, settings in ROWS.items()}
     rows |= {name: (ROWS[BLIND_ROW], name) for name in BLIND}
     for name, (settings, blind) in rows.items():
-        right, counts[name], seconds = score_row(pair, data, asked, steps, 0, settings, blind)
-        table[name] = mean_interval(right, held.scenes.tolist())
+        said[name], counts[name], seconds = answer_row(pair, data, asked, steps, 0, settings, blind)
+        table[name] = mean_interval((said[name] == asked.answer).astype(float), held.scenes.tolist())
         low, high = table[name]["ci"]
         note = f"   at most {bounds[name]:.3f} can be known blind" if name in bounds else ""
         say(
@@ -196,6 +205,17 @@ def run(
         "level": level,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    path = write_file(Path(out) / "vl" / "table.json", json.dumps(result, indent=1) + "\n")
-    say(f"\ntable     {path}")
-    return {**result, "file": str(path)}
+    folder = Path(out) / "vl"
+    path = write_file(folder / "table.json", json.dumps(result, indent=1) + "\n")
+    report = write_page(folder, result, asked, {"lora": said["lora"], ROUTED: said[ROUTED]})
+    say(f"\nreport    {report}")
+    shown = exhibit(
+        folder,
+        "Questions about scenes of four shapes: routing lets the image act inside LoRA",
+        "accuracy",
+        table[ROUTED],
+        f"the question alone tells {bounds['text_only']:.3f}",
+        list(held.pictures[:4].transpose(0, 2, 3, 1)),
+        "adapt vl train --data QUESTIONS.jsonl --backbone embedded:vl-tiny --method vl.routed_lora --out runs/mine",
+    )
+    return {**result, "file": str(path), "report": str(report), **shown}

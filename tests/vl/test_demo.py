@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from adaptsuite.backbones import load_backbone
-from adaptsuite.vl import demo, synthetic
+from adaptsuite.vl import demo, demo_page, synthetic
 from adaptsuite.vl.blind import BLIND
 
 TABLE = {"lora", "lora+add", "lora+mul", "lora+mul_expand", *BLIND}
@@ -31,6 +31,8 @@ def test_the_table_has_every_row_with_an_interval_and_equal_sizes(tmp_path, adap
         assert 0 <= low <= metric["value"] <= high <= 1
     assert {(c["trained"], c["trained_without_head"]) for c in found["params"].values()} == {(18574, 8192)}
     assert (tmp_path / "vl" / "table.json").is_file() and "lora+mul_expand" in err
+    page = (tmp_path / "vl" / "report.html").read_text()
+    assert "question alone" in page and page.count("data:image/svg") == 2 and found["headline"]["ci"]
 
 
 def test_blind_batches_hold_nothing_of_what_they_do_not_see(pair, data):
@@ -53,6 +55,12 @@ def test_a_batch_is_what_was_asked(pair, data):
     answers = [synthetic.ANSWERS[int(i)] for i in batch["target"].argmax(1)]
     truth = synthetic.answer_of(data.scenes[[3, 5]], 1, asked.question)
     assert answers == [synthetic.ANSWERS[i] for i in truth]
+
+
+def test_the_page_counts_where_one_row_alone_is_right():
+    truth = np.array([0, 1, 2, 3])
+    said = {"lora": np.array([0, 0, 0, 0]), "lora+mul": np.array([1, 1, 2, 0])}
+    assert "only routing: mul is right in 50%, only plain LoRA in 25%" in demo_page._counted(truth, said)
 
 
 def test_equal_seeds_give_equal_rows_and_leave_the_pair_alone(pair, data):
