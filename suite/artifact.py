@@ -191,12 +191,22 @@ def _versions() -> dict[str, str]:
 # ---- reading
 
 
-def read_adapter(folder: str | Path) -> Record:
-    """Reads an adapter's folder and checks all that needs no model; AdapterError says what is wrong, and where."""
+def require_adapter(folder: str | Path) -> Path:
+    """The folder, which holds an adapter's record; AdapterError says what it is instead, and where there are some."""
     folder = Path(folder)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise AdapterError(f"{folder} {found}, expected an adapter's folder with {RECORD} and {TENSORS}")
+    if not (folder / RECORD).exists():
+        below = sorted(path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/{RECORD}"))
+        near = f", such as {below[0]}" if below else ""
+        raise AdapterError(f"{folder} holds no {RECORD}: give an adapter's folder, or its run's{near}")
+    return folder
+
+
+def read_adapter(folder: str | Path) -> Record:
+    """Reads an adapter's folder and checks all that needs no model; AdapterError says what is wrong, and where."""
+    folder = require_adapter(folder)
     path, payload = folder / RECORD, folder / TENSORS
     facts = read_json(path)
     schema = facts.get("schema")

@@ -29,7 +29,11 @@ SOURCES = ("timm", "hf", "open_clip", "monai", "torchaudio", "embedded", "file")
 def parse_backbone(name: str) -> tuple[str, str]:
     """("timm", "vit_base_patch16_224") of "timm:vit_base_patch16_224". Raises UsageError with the nearest source."""
     source, colon, rest = name.partition(":")
-    if not colon or source not in SOURCES:
+    if not colon:
+        raise UsageError(
+            f"backbone {name!r}: expected SOURCE:NAME, such as timm:vit_base_patch16_224; sources: {', '.join(SOURCES)}"
+        )
+    if source not in SOURCES:
         raise UsageError(f"backbone {name!r}: expected SOURCE:NAME, no source {source!r}; {nearest(source, SOURCES)}")
     if not rest:
         raise UsageError(f"backbone {name!r}: the name after {source}: is missing")
@@ -148,9 +152,7 @@ def _hf(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
             raise UsageError(f"hf:{name}: {type(config).__name__} has no option {', '.join(unknown)}")
         if random_weights:
             return auto.from_config(config, trust_remote_code=False)
-        return auto.from_pretrained(
-            name, config=config, trust_remote_code=False, use_safetensors=True, dtype="auto"
-        )
+        return auto.from_pretrained(name, config=config, trust_remote_code=False, use_safetensors=True, dtype="auto")
 
 
 def _open_clip(name: str, random_weights: bool, options: dict[str, Any]) -> nn.Module:
@@ -337,8 +339,8 @@ class _hub:
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, (UsageError, ResourceError)) or not isinstance(error, (OSError, RuntimeError, ValueError)):
             return
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
         raise ResourceError(
-            f"backbone {self.name} cannot be had: {reason[:200]}. Give a local folder (hf:PATH, file:PATH), an "
+            f"backbone {self.name} cannot be had: {reason}. Give a local folder (hf:PATH, file:PATH), an "
             "embedded backbone, or --random-weights"
         ) from error

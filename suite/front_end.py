@@ -1,7 +1,7 @@
 """How an image backbone sees: the size and the normalisation of its input."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -46,6 +46,9 @@ def own_front_end(backbone: nn.Module) -> FrontEnd:
     """What the backbone's own configuration says: timm's `pretrained_cfg`, or open_clip's `preprocess_cfg`."""
     given = getattr(backbone, "adaptsuite_front_end", None)
     if given is not None:
+        if not set(given) <= {f.name for f in fields(FrontEnd)}:
+            name = getattr(getattr(backbone, "adaptsuite_source", None), "name", type(backbone).__name__)
+            raise NotForPictures(f"backbone {name} takes no pictures; adapt DOMAIN info lists those of a domain")
         return FrontEnd(**given)
     if type(backbone).__module__.startswith("monai."):
         (image,), _ = example_input(backbone)

@@ -11,7 +11,7 @@ from adaptsuite import recipe as recipes
 from adaptsuite.backbones import load_backbone
 from adaptsuite.bank import split_key
 from adaptsuite.domain import HEAD, Domain
-from adaptsuite.errors import DataError
+from adaptsuite.errors import DataError, UsageError
 from adaptsuite.experiment import adapt, complete, damaged, skipped_rows
 from adaptsuite.front_end import NotForPictures
 from adaptsuite.host import Handle, attach
@@ -101,6 +101,8 @@ def check_data(domain: Domain, recipe: Recipe) -> Found:
     files cannot be used are no problems: the rest is described.
     """
     data = recipe.data
+    if not data.manifest:
+        raise UsageError("no data: name a CSV or a folder of classes with --data")
     manifest = domain.table(data)
     problems, warnings, facts = [], [], []
 

@@ -5,6 +5,7 @@ of classes. Everything that could make a result wrong without a word stops here 
 """
 
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -162,10 +163,7 @@ def load_manifest(
     header, cells = read_table(table)
     for name in ("path", *(("label",) if task in LABELLED else ()), *columns, *files):
         if name not in header:
-            raise DataError(
-                f"{table.name} has no column {name!r}, its header is {', '.join(map(repr, header))}: "
-                f"{nearest(name, header)}"
-            )
+            raise DataError(f"{table.name} has no column {name!r}, {_header_problem(name, header)}")
     root = table.parent.resolve()
     rows = [_row(root, f"{table.name} line {line}", line, values, task, files, folders) for line, values in cells]
     rows = _without_repeats(table, rows, task)
@@ -173,6 +171,16 @@ def load_manifest(
         raise DataError(f"{table.name} has a header and no rows")
     classes = _classes(rows, task) if task in LABELLED else tuple(classes)
     return Manifest(tuple(rows), classes, root, table, task, tuple(header))
+
+
+def _header_problem(name: str, header: Sequence[str]) -> str:
+    """What a header is without a column, and what to do about it."""
+    if parted := next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None):
+        return f"its cells are parted by {parted!r}: save it with commas"
+    close = difflib.get_close_matches(name, header, n=1, cutoff=0.5)
+    what = {"path": "that names each row's file", "label": "that says what each row is"}.get(name, "meant by it")
+    which = f"{close[0]!r}" if close else f"the column {what}"
+    return f"its header is {', '.join(map(repr, header))}: rename {which} to {name!r}"
 
 
 def read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -185,7 +193,7 @@ def read_table(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{table.name} line {line}: not UTF-8 (byte {raw[error.start]:#04x}); save it as UTF-8"
+            f"{table.name} line {line}: not UTF-8 (byte {raw[error.start]:#04x}); a CSV saved as UTF-8 is expected"
         ) from None
     reader, header, rows, line = csv.reader(io.StringIO(text, newline=""), strict=True), [], [], 1
     try:
@@ -283,7 +291,7 @@ def _read_folder(root: Path, task: str, suffixes: Sequence[str], columns: Sequen
     """Classes are the folders of `root`, or those of its folders train, val and test, which then are the split."""
     if columns:
         raise DataError(f"{root} has no manifest.csv, and a folder of classes has no column {columns[0]!r}")
-    root = root.resolve()
+    given, root = root, root.resolve()
     tops = [folder.name for folder in _visible(root) if folder.is_dir()]
     parts = tops if "train" in tops and set(tops) <= set(PARTS) else [""]
     wanted, rows, left_out = tuple(s.lower() for s in suffixes), [], 0
@@ -295,8 +303,10 @@ def _read_folder(root: Path, task: str, suffixes: Sequence[str], columns: Sequen
             found = [file for file in _walk(folder) if not wanted or file.name.lower().endswith(wanted)]
             left_out += sum(1 for _ in _walk(folder)) - len(found)
             if not found:
+                held = sorted({file.suffix.lower() for file in _walk(folder) if file.suffix})
+                missing = f"no file{' ending in ' + ' '.join(wanted) if wanted else ''}"
                 raise DataError(
-                    f"{folder.relative_to(root)} holds no file{' ending in ' + ' '.join(wanted) if wanted else ''}: "
+                    f"{given / folder.relative_to(root)} holds {missing}{', but ' + ' '.join(held) if held else ''}: "
                     "take it out of the folder of classes, or list the files in a manifest.csv"
                 )
             for file in found:
@@ -304,7 +314,8 @@ def _read_folder(root: Path, task: str, suffixes: Sequence[str], columns: Sequen
                 path, rel = inside(root, cell, root.name, "path")
                 rows.append(Row(path, rel, _labels(folder.name, task, cell), extra={"split": part} if part else {}))
     if not rows:
-        raise DataError(f"{root} holds neither manifest.csv nor folders of classes with files in them")
+        loose = f": its {left_out} files need a folder for each class" if left_out else ""
+        raise DataError(f"{given} holds neither manifest.csv nor folders of classes with files in them{loose}")
     columns = ("path", "label", "split") if parts != [""] else ("path", "label")
     notes = (f"{left_out} files of {root.name} were left out: no class, or another suffix",) if left_out else ()
     return Manifest(tuple(rows), _classes(rows, task), root, root, task, columns, notes)
@@ -543,7 +554,10 @@ def require_trainable(manifest: Manifest) -> None:
         for label in row.labels:
             seen[label].append(row)
     if len({row.labels for row in manifest.rows}) < 2:
-        raise DataError(f"{manifest.source.name}: every row is {manifest.rows[0].label!r}, two classes are needed")
+        raise DataError(
+            f"{manifest.source.name}: every row is {manifest.rows[0].label!r}, two classes are needed: two labels, or "
+            "two folders"
+        )
     for label, rows in seen.items():
         if len(rows) == 1:
             raise DataError(

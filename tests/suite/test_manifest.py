@@ -127,9 +127,9 @@ def test_another_label_map_gives_its_positions_and_names_a_label_it_lacks(tmp_pa
     [
         ("", "manifest.csv is empty"),
         ("path,label\n", "manifest.csv has a header and no rows"),
-        ("file,lable\na.wav,x\n", r"no column 'path', its header is 'file', 'lable': there is: file, lable"),
-        ("path,lable\na.wav,x\n", r"no column 'label', its header is 'path', 'lable': did you mean lable\?"),
-        ("path;label\na.wav;x\n", r"no column 'path', its header is 'path;label'"),
+        ("file,lable\na.wav,x\n", r"no column 'path', its header is 'file', 'lable': rename the column"),
+        ("path,lable\na.wav,x\n", r"no column 'label', its header is 'path', 'lable': rename 'lable' to 'label'"),
+        ("path;label\na.wav;x\n", r"no column 'path', its cells are parted by ';': save it with commas"),
         ("path,label,label\na.wav,x,y\n", "line 1: column 'label' is there twice"),
         ("path,label\na.wav\n", "line 2: 1 cells, the header has 2"),
         ("path,label\na.wav,x,y\n", "line 2: 3 cells, the header has 2"),
