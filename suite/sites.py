@@ -706,7 +706,12 @@ def _transformers_example(model, noise, ids):
 def _open_clip_example(model, noise, ids):
     length = getattr(model, "context_length", None) or getattr(getattr(model, "text", None), "context_length", None)
     size = getattr(getattr(model, "visual", None), "image_size", None)
-    return ((noise(1, 3, *_pair(size)), ids(1, length)), {}) if length and size else None
+    if not length or not size:
+        return None
+    text = ids(1, length)
+    # the token of the largest id is read: the first one sees no other, its q and k would be dead
+    text[:, -1] += 1
+    return (noise(1, 3, *_pair(size)), text), {}
 
 
 def _monai_example(model, noise, ids):

@@ -24,3 +24,8 @@ def test_rounding_noise_is_still_called_dead(monkeypatch):
     rows = {row["name"]: row["state"] for row in verify(handle, host.forward).rows}
     keys = [state for name, state in rows.items() if "/key/" in name]
     assert keys and set(keys) == {"dead"} and set(rows.values()) == {"dead", "alive"}
+
+
+def test_the_example_of_open_clip_reads_a_token_that_sees_others():
+    """Of the first token's attention to itself alone, q and k have no gradient."""
+    assert verify(attach(HOSTS["open_clip"]().model, "lora", rank=2, sites=("attn.q", "attn.k"))).ok
