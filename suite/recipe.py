@@ -67,6 +67,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
     notes: str = ""
     paper: str = ""
+    cost: str = ""  # of a shipped one as it is: values that train, MACs of an item, what it needs
 
 
 SECTIONS = (
@@ -173,7 +174,7 @@ def resolved(recipe: Recipe, sections: Mapping[str, type]) -> Recipe:
     for name, owner in {"plan": Plan, **sections}.items():
         settings = build(owner, getattr(recipe, name), name)
         whole[name] = {f.name: getattr(settings, f.name) for f in fields(owner) if f.init}
-    return replace(recipe, **whole)
+    return replace(recipe, cost="", **whole)  # a run states its own
 
 
 # settings from the command line -------------------------------------------------------------------------------------
@@ -213,7 +214,8 @@ def _with_setting(recipe: Recipe, key: str, value: str, sections: Mapping[str, F
         section, dot, name = key, ".", "kind"  # `head=hf` chooses the kind of head
     section = section if dot else "method_settings"
     if section not in SECTIONS:
-        raise UsageError(f"--set {key}: there is no section {section!r}; {nearest(section, SECTIONS)}")
+        meant = f"did you mean --set {name}=...?" if name in (method or ()) else nearest(section, SECTIONS)
+        raise UsageError(f"--set {key}: there is no section {section!r}; {meant}")
     kinds = _section_fields(section, sections)
     if kinds is not None and name not in kinds:
         raise UsageError(f"--set {key}: {_suggest(name, kinds, section, sections)}")
@@ -385,11 +387,11 @@ def _toml_key(name: str) -> str:
 
 
 def digest(recipe: Recipe) -> str:
-    """sha256 over what the run computes: without notes, paper, and the table's place (the manifest has its own digest).
+    """sha256 over what the run computes: without notes, paper, cost, and the table's place (that has its own digest).
 
     Settings written out and settings left to their defaults differ here: take the digest of the `resolved` recipe.
     """
     values = to_dict(recipe)
-    values = {name: value for name, value in values.items() if name not in ("notes", "paper")}
+    values = {name: value for name, value in values.items() if name not in ("notes", "paper", "cost")}
     values["data"] = {name: value for name, value in values["data"].items() if name != "manifest"}
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
