@@ -30,14 +30,14 @@ class Masked(Method):
     copies of base tensors.
 
     A random mask is there from `attach` on. The others come with the first step of `fit`, by the values after
-    `warmup_steps` steps on its batches: every score has the value as a factor, so a zero `up` would be cut whole, and
+    `score_after` steps on its batches: every score has the value as a factor, so a zero `up` would be cut whole, and
     beside it SNIP and SynFlow see nothing in `down`. Training then starts from the values before these steps, which
     decide the mask and nothing else.
     """
 
     density: float = 0.6  # share that is KEPT, 1 - sparsity; the authors' code calls this very share its sparsity
     score: Score = "snip"
-    warmup_steps: int = 10  # as many batches are scored, at least one
+    score_after: int = 10  # steps; as many batches are scored behind them, at least one
 
     inner: ClassVar[type[Method]]
     varying = ()
@@ -46,7 +46,7 @@ class Masked(Method):
         super().check()
         self.expect("density", 0 < self.density <= 1, "above 0 and at most 1: it is the share of values that is kept")
         self.expect_one_of("score", get_args(Score))
-        self.expect("warmup_steps", self.warmup_steps >= 0, "at least 0")
+        self.expect("score_after", self.score_after >= 0, "at least 0")
 
     def __reduce__(self):
         return functools.partial(resolve, self.name, **_settings(self, type(self))), ()
@@ -73,7 +73,7 @@ class Masked(Method):
     def begin(self, optimizer, handle, loss: Callable[[int], Tensor]) -> None:
         if self.settled(handle):
             return
-        start, steps = {name: value.clone() for name, value in handle.state().items()}, self.warmup_steps
+        start, steps = {name: value.clone() for name, value in handle.state().items()}, self.score_after
         for step in range(steps):
             optimizer.zero_grad()
             loss(step).backward()
@@ -82,7 +82,7 @@ class Masked(Method):
         if zero := sum(not whole(place).count_nonzero() for place in places):
             raise UsageError(
                 f"{self.name}: {zero} of {len(places)} matrices are zero after {steps} warm-up steps, and so are their "
-                f"scores by {self.score}: raise warmup_steps"
+                f"scores by {self.score}: raise score_after"
             )
         scored = range(steps, steps + max(1, steps))
         scores = SCORES[self.score](self, handle.adapter, [functools.partial(loss, step) for step in scored])

@@ -104,7 +104,7 @@ def test_snip_is_the_change_of_the_loss_with_the_mask():
             values[index] = m * kept
             sides.append(float(sum(loss().detach() for loss in losses)))
         values[index] = kept
-        assert float(scores[number].view(-1)[index]) == pytest.approx(
+        assert scores[number].view(-1)[index].item() == pytest.approx(
             abs(sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-11
         )
 
@@ -159,7 +159,7 @@ def test_synflow_of_lora_equals_loops(monkeypatch, rounds):
 
 def test_synflow_needs_branches_that_run_by_themselves():
     with pytest.raises(UsageError, match="synflow runs each branch by itself, which .* does not do: take snip"):
-        train("sparse:convpass", score="synflow", warmup_steps=1)
+        train("sparse:convpass", score="synflow", score_after=1)
 
 
 def test_magnitude_keeps_the_largest_of_all_matrices_together():
@@ -183,13 +183,13 @@ def test_a_zero_up_hides_one_side_or_both(score, unseen):
     at_start = sparse.SCORES[score](handle.method, handle.adapter, [loss])
     names = [name for _, name in matrices(handle.adapter)]
     assert {name for name, s in zip(names, at_start, strict=True) if not s.count_nonzero()} == unseen
-    with pytest.raises(UsageError, match=f"4 of 8 matrices are zero after 0 warm-up steps.* by {score}: raise warmup_"):
-        train(score=score, warmup_steps=0, density=0.3)
+    with pytest.raises(UsageError, match=f"4 of 8 matrices are zero after 0 warm-up steps.* by {score}: raise score_a"):
+        train(score=score, score_after=0, density=0.3)
 
 
 @pytest.mark.parametrize("score", ["snip", "grasp", "synflow", "magnitude"])
 def test_after_a_few_steps_both_sides_are_kept(score):
-    handle, _ = train(score=score, warmup_steps=3)
+    handle, _ = train(score=score, score_after=3)
     kept = {name: 0 for _, name in matrices(handle.adapter)}
     for module, name in matrices(handle.adapter):
         kept[name] += module._parameters[name].numel()
@@ -219,7 +219,7 @@ def test_large_sparse_has_the_matrices_values_of_the_dense_bottleneck():
     assert handle.method.bottleneck == 4 * dense.method.bottleneck and count(handle) == count(dense)
 
 
-@pytest.mark.parametrize("settings", [{"density": 1e-5}, {"density": 0.0}, {"density": 1.2}, {"warmup_steps": -1}])
+@pytest.mark.parametrize("settings", [{"density": 1e-5}, {"density": 0.0}, {"density": 1.2}, {"score_after": -1}])
 def test_a_mask_that_cannot_be_is_refused(settings):
     said = "keeps none of 2,048 values" if settings.get("density") == 1e-5 else f"{next(iter(settings))} is"
     with pytest.raises(UsageError, match=said) as caught:
@@ -290,7 +290,7 @@ def test_the_mask_is_fixed_and_the_start_is_the_backbone(score, monkeypatch):
     torch.manual_seed(0)
     host, seen = HOSTS["timm_vit"](), []
     plain = output(host)
-    handle = attach(host.model, "sparse:lora", head="head", score=score, warmup_steps=2)
+    handle = attach(host.model, "sparse:lora", head="head", score=score, score_after=2)
     start = {id(m): whole((m, "down")).detach().clone() for m, n in matrices(handle.adapter) if n == "down"}
     begin = type(handle.method).begin
 
@@ -328,18 +328,18 @@ class Stop(Exception):
 
 
 def test_a_run_that_was_stopped_ends_as_the_unbroken_one(tmp_path):
-    unbroken, _ = train(out=tmp_path / "unbroken", warmup_steps=2)
+    unbroken, _ = train(out=tmp_path / "unbroken", score_after=2)
 
     def stop(row):
         raise Stop
 
     torch.manual_seed(0)
     host = HOSTS["timm_vit"]()
-    handle = attach(host.model, "sparse:lora", head="head", warmup_steps=2)
+    handle = attach(host.model, "sparse:lora", head="head", score_after=2)
     with pytest.raises(Stop):
         parts = Pictures(32), Pictures(16, 1)
         fit(host.model, Classify(), *parts, PLAN, tmp_path / "stopped", handle, on_epoch=stop)
-    again, _ = train(out=tmp_path / "stopped", warmup_steps=2)
+    again, _ = train(out=tmp_path / "stopped", score_after=2)
     state, expected = again.state(), unbroken.state()
     assert state.keys() == expected.keys() and all(torch.equal(state[n], expected[n]) for n in state)
 
