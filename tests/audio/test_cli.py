@@ -215,7 +215,7 @@ def test_multilabel_tables_are_learnt(adapt, backbone, data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("trian",), "Did you mean 'train'"),
+        (("trian",), "did you mean train?"),
         (("train", "--dtaa", "x"), "did you mean --data"),
         (("train", "--method", "lroa"), "did you mean lora"),
         (("train", "--recipe", "sotf-moa"), "did you mean soft-moa"),
