@@ -28,7 +28,7 @@ METHODS = "lora;vl.routed_lora:routing=mul_expand;vl.routed_lora:routing=mul;vl.
 SETS = {
     # three boxes side by side, and a finer grid than the 32 pixels of pretraining
     "nlvr": {"folder": "vl_nlvr", "epochs": 15, "settings": ("front_end.size=32,128",)},
-    "rad": {"folder": "vl_vqa_rad", "epochs": 8, "settings": ("front_end.size=64", "head.loss=ce")},
+    "rad": {"folder": "vl_vqa_rad", "epochs": 6, "settings": ("front_end.size=64", "head.loss=ce")},
 }
 
 
