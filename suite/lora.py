@@ -57,7 +57,8 @@ class LoraBranch(nn.Module):
     def forward(self, x: Tensor, y: Tensor, context) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         hidden = F.linear(x, self.down)
-        if hidden.dtype != y.dtype:  # autocast chose another precision for the branch
+        # autocast chose another precision for the branch, or a copy would change how y lies in memory
+        if hidden.dtype != y.dtype or not y.is_contiguous():
             return y + F.linear(hidden, self.up) * self.scale
         # one pass over y instead of three
         rows = torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), self.up.T, alpha=self.scale)

@@ -202,6 +202,8 @@ class _Making:
 
     def _num_views(self) -> int:
         """0: what scoring sees is what training sees. Raises NoPrefix where no views can be kept."""
+        if not hasattr(self.task, "drawn"):
+            raise NoPrefix(f"what {type(self.task).__name__} draws at random in training is not told apart")
         drawn = self.task.drawn(self.model)
         if mixed := [name for name in drawn if name in ("mixup", "cutmix")]:
             raise NoPrefix(f"augment.{mixed[0]} mixes samples anew in every step")

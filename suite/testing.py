@@ -1,11 +1,13 @@
-"""Tiny random-weight hosts of every supported family, for tests: no download, two blocks, built in milliseconds."""
+"""Tiny random-weight hosts of every supported family and a task to learn, for tests: no download, two blocks each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 
 @dataclass
@@ -288,3 +290,36 @@ def conformer():
     from torchaudio.models import Conformer
 
     return Conformer(16, 2, 32, 2, 5), (torch.randn(2, 6, 16), torch.tensor([6, 5])), {}, _first
+
+
+# ---- a task that can be learnt
+
+
+class Pictures(Dataset):
+    """(3, 32, 32) of noise, and one of five classes: a constant that is added to it."""
+
+    def __init__(self, num: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.arange(num) % 5
+        self.pictures = torch.randn(num, 3, 32, 32, generator=generator) + self.labels.view(-1, 1, 1, 1).float()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": self.pictures[index], "label": self.labels[index]}
+
+
+class Classify:
+    """`adaptsuite.trainer.fit`'s task of {"image", "label"}, by cross-entropy."""
+
+    monitor = "accuracy"
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch["image"]), batch["label"])
+
+    def predict(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["image"])
+
+    def score(self, outputs, targets) -> dict[str, float]:
+        return {"accuracy": float((outputs.argmax(1) == targets).mean())}

@@ -12,7 +12,7 @@ from adaptsuite.method import resolve
 from adaptsuite.plan import Plan
 from adaptsuite.rank_allocator import best
 from adaptsuite.sites import Site
-from adaptsuite.testing import HOSTS
+from adaptsuite.testing import HOSTS, Classify, Pictures
 from adaptsuite.trainer import fit
 from adaptsuite.verify import contract, perturb, verify
 
@@ -89,34 +89,6 @@ def steps(handle, count, lr=1e-2, first=0, optimizer=None, after=lambda step: No
         handle.method.on_step(step, optimizer, handle)
         after(step)
     return optimizer
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Separable pictures: the class is a constant added to the noise."""
-
-    def __init__(self, num, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.labels = torch.arange(num) % 5
-        self.pictures = torch.randn(num, 3, 32, 32, generator=generator) + self.labels.view(-1, 1, 1, 1).float()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return {"image": self.pictures[i], "label": self.labels[i]}
-
-
-class Classify:
-    monitor = "accuracy"
-
-    def loss(self, model, batch):
-        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
-
-    def predict(self, model, batch):
-        return model(batch["image"])
-
-    def score(self, outputs, targets):
-        return {"accuracy": float((outputs.argmax(1) == targets).mean())}
 
 
 def train(method, out=None, **settings):

@@ -26,8 +26,8 @@ def cases():
     for family in HOSTS:
         for method in methods():
             kind = method_class(method)
-            # tested where a head is: tests/suite/test_host.py and tests/audio; where an image is: tests/vl
-            if not (kind.needs_head or kind.needs_features):
+            # tested where a head is: test_host.py and tests/audio; where an image or two towers are: tests/vl
+            if not (kind.needs_head or kind.needs_features or method == "vl.rpo"):
                 quick = family in FAMILIES or method in METHODS
                 quick |= family in IMAGE_FAMILIES and method in IMAGE_METHODS
                 yield pytest.param(family, method, marks=() if quick else pytest.mark.slow, id=f"{family}-{method}")

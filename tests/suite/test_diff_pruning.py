@@ -14,39 +14,11 @@ from adaptsuite.host import attach
 from adaptsuite.method import resolve
 from adaptsuite.plan import Plan
 from adaptsuite.sites import Site
-from adaptsuite.testing import HOSTS
+from adaptsuite.testing import HOSTS, Classify, Pictures
 from adaptsuite.trainer import fit
 from adaptsuite.verify import contract, perturb, verify
 
 WEIGHTS = 2 * (3 * 32 * 32 + 32 * 32 + 2 * 4 * 32 * 32)  # of two blocks of 32 features
-
-
-class Pictures(torch.utils.data.Dataset):
-    """Separable pictures: the class is a constant added to the noise."""
-
-    def __init__(self, num, seed=0):
-        self.labels = torch.arange(num) % 5
-        noise = torch.randn(num, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-        self.pictures = noise + self.labels.view(-1, 1, 1, 1).float()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return {"image": self.pictures[i], "label": self.labels[i]}
-
-
-class Classify:
-    monitor = "accuracy"
-
-    def loss(self, model, batch):
-        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
-
-    def predict(self, model, batch):
-        return model(batch["image"])
-
-    def score(self, outputs, targets):
-        return {"accuracy": float((outputs.argmax(1) == targets).mean())}
 
 
 def train(out=None, epochs=5, on_epoch=None, **settings):

@@ -1,6 +1,7 @@
 """Many adapters behind one model, in the process and over HTTP: every answer is its own adapter's, whatever happens."""
 
 import base64
+import contextlib
 import http.client
 import json
 import random
@@ -217,7 +218,8 @@ def port(root):
 
 def ask(port: int, verb: str, path: str, body=None, headers=None) -> tuple[int, dict]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(verb, path, body, headers or {})
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer may come before all is sent
+        connection.request(verb, path, body, headers or {})
     answer = connection.getresponse()
     status, text = answer.status, answer.read().decode()
     connection.close()

@@ -15,7 +15,7 @@ from adaptsuite.host import attach
 from adaptsuite.method import method_class, methods, resolve
 from adaptsuite.plan import Plan
 from adaptsuite.sparse_matrices import is_masked, matrices, packed, take_mask, unpacked, whole
-from adaptsuite.testing import HOSTS
+from adaptsuite.testing import HOSTS, Classify
 from adaptsuite.trainer import fit
 from adaptsuite.verify import contract, perturb, verify
 
@@ -35,19 +35,6 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {"image": self.images[index], "label": self.labels[index]}
-
-
-class Classify:
-    monitor = "accuracy"
-
-    def loss(self, model, batch):
-        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
-
-    def predict(self, model, batch):
-        return model(batch["image"])
-
-    def score(self, outputs, targets):
-        return {"accuracy": float((outputs.argmax(1) == targets).mean())}
 
 
 PLAN = Plan(epochs=2, lr=1e-2, batch_size=8, seed=3)

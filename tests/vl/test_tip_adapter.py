@@ -18,9 +18,7 @@ def test_cache_logits_are_the_papers_equation_by_loops():
     found = cached(keys, labels, 2, alpha=0.7, beta=3.0).logits(features, 100 * features @ names.T)
     for b in range(3):
         for c in range(2):
-            total = sum(
-                math.exp(-3.0 * (1 - float(features[b] @ keys[n]))) for n in range(5) if int(labels[n]) == c
-            )
+            total = sum(math.exp(-3.0 * (1 - float(features[b] @ keys[n]))) for n in range(5) if int(labels[n]) == c)
             assert float(found[b, c]) == pytest.approx(0.7 * total + 100 * float(features[b] @ names[c]), rel=1e-12)
 
 
