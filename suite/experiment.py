@@ -123,6 +123,9 @@ def complete(domain: Domain, recipe: Recipe, paths: Sequence[Path] = ()) -> Reci
         raise UsageError(f"no backbone: name one with --backbone (adapt {domain.name} info lists them)")
     if not recipe.method:
         raise UsageError(f"no method: name one with --method (adapt {domain.name} info lists them)")
+    for name in ("front_end", "augment", "head", "evidence"):
+        if getattr(recipe, name) and name not in domain.sections:
+            raise UsageError(f"{name}.{next(iter(getattr(recipe, name)))} says nothing in {domain.name}: leave it out")
     sections = {**domain.sections, "method_settings": method_class(recipe.method)}
     given = domain.defaults_of(recipe)
     rate = recipe.rates.get(recipe.method, recipe.rates.get("default"))

@@ -29,6 +29,7 @@ ERRORS = [  # command, exit code, what the line says
     (f"{TRAIN} leaves --out r --device cuda", 5, "device 'cuda' was asked for and torch finds none here: take 'cpu'"),
     (f"{TRAIN} leaves --out r --method lroa", 2, "method 'lroa' is unknown; did you mean lora"),
     (f"{TRAIN} leaves --out r --set rnak=4", 2, "--set rnak: not a setting of method_settings; did you mean rank?"),
+    (f"{TRAIN} leaves --out r --set evidence.positive=a", 2, "evidence.positive says nothing in vision"),
     (f"{TRAIN} leaves --out r --set epochs=4", 2, "--set epochs: not a setting of method_settings; did you mean plan"),
     (f"{TRAIN} leaves --out r --set lora.rank=4", 2, "--set lora.rank: there is no section 'lora'; did you mean --set"),
     (f"{TRAIN} leaves --out r --set rank=four", 2, "--set rank=four: expected a whole number"),
