@@ -214,7 +214,7 @@ def run(
         "Questions about scenes of four shapes: routing lets the image act inside LoRA",
         "accuracy",
         table[ROUTED],
-        f"question alone {bounds['text_only']:.3f}",
+        f"blind {bounds['text_only']:.3f}",
         list(held.pictures[:4].transpose(0, 2, 3, 1)),
         "adapt vl train --data QUESTIONS.jsonl --backbone embedded:vl-tiny --method vl.routed_lora --out runs/mine",
     )
