@@ -61,7 +61,7 @@ EXTRAS = [  # command, modules that are not there, the extra
     ("vision export run --format onnx --out m.onnx", ("onnx", "onnxscript"), "onnx"),
     ("serve --adapters .", ("fastapi",), "serve"),
     (f"{TRAIN} leaves --out r --set plan.tensorboard=true", ("tensorboard", "torch.utils.tensorboard"), "logs"),
-    (f"{TRAIN} leaves --out r --method peft:VERA", ("peft",), "peft"),
+    (f"{TRAIN} leaves --out r --method peft:VERA", ("peft", "peft.mapping"), "peft"),
 ]
 
 
