@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptsuite import recipe as recipes
+from adaptsuite.applied import readable
 from adaptsuite.audio.data import blocks, check_rates, inspect, resample, window_starts
 from adaptsuite.audio.events import Event, EventSettings, Found, in_order, table_paths
 from adaptsuite.audio.pipeline import DOMAIN
 from adaptsuite.audio.stream import Stream, check_samples, outputs
 from adaptsuite.devices import pick_device
 from adaptsuite.errors import DataError, UsageError, nearest
-from adaptsuite.experiment import readable, restore
+from adaptsuite.experiment import restore
 from adaptsuite.metrics import to_probabilities
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
@@ -121,7 +122,7 @@ def detect(
     """The events of recordings in order of time, and {"skipped", "notes"}; nothing is written.
 
     target: (path, format) of `write_events`, checked before hours of work. say hears of each recording.
-    Raises DataError as `adaptsuite.experiment.readable`.
+    Raises DataError as `adaptsuite.applied.readable`.
     """
     classifier = Classifier(folder, device or "auto", batch_size)
     classifier.stream(classifier.sample_rate_hz, **settings)  # raises UsageError where settings and model do not fit

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from adaptsuite import recipe as recipes
+from adaptsuite.applied import label_files
 from adaptsuite.atomic import write_file
 from adaptsuite.devices import pick_device
 from adaptsuite.errors import DataError, UsageError
-from adaptsuite.experiment import label_files, restore
+from adaptsuite.experiment import restore
 from adaptsuite.image_classifier import image_of
 from adaptsuite.images import fitted
 from adaptsuite.medical import data as files

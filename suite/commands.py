@@ -316,11 +316,11 @@ def domain_app(
         as_json: Json = False,
     ) -> None:
         """Score a saved adapter on labelled rows: those of --test, else those with split=test, else all."""
-        from adaptsuite import experiment
+        from adaptsuite import applied, experiment
 
         console = Console(as_json)
         folder = adapter_folder(adapter)
-        found = experiment.score_adapter(domain(), folder, _data(data), test, device, batch_size, skip_bad)
+        found = applied.score_adapter(domain(), folder, _data(data), test, device, batch_size, skip_bad)
         console.say(*(f"warning   {text}" for text in found.result["warnings"]))
         console.say(*(f"skipped   {text}" for text in experiment.skipped_rows(found.subset)))
         console.say(*experiment.summary(found.result))
@@ -359,7 +359,7 @@ def domain_app(
         as_json: Json = False,
     ) -> None:
         """Write what a linear head would read of files: the features of an adapter or of a plain backbone."""
-        from adaptsuite import experiment
+        from adaptsuite import applied
 
         if out is None or Path(out).suffix not in (".npz", ".csv"):
             raise UsageError("--out is missing: the table to write, .npz or .csv" if out is None else _no_table(out))
@@ -370,8 +370,8 @@ def domain_app(
         files = sources if backbone is not None else sources[1:]
         if not files:
             raise UsageError("FILE... is missing: files or folders of them, after the adapter's folder")
-        found = experiment.embed_files(domain(), source, files, device, batch_size, windows, skip_bad)
-        experiment.write_features(Path(out), found)
+        found = applied.embed_files(domain(), source, files, device, batch_size, windows, skip_bad)
+        applied.write_features(Path(out), found)
         console.remarks(found)
         rows, dim = found["features"].shape
         console.say(f"features  {rows} x {dim}  {out}")
@@ -391,11 +391,11 @@ def domain_app(
         as_json: Json = False,
     ) -> None:
         """Write one HTML page of evidence on a saved adapter: on --data, else on its own run's test rows."""
-        from adaptsuite import experiment
+        from adaptsuite import applied
 
         console = Console(as_json)
         folder = adapter_folder(adapter)
-        found = experiment.report_adapter(domain(), folder, data, test, device, batch_size, out)
+        found = applied.report_adapter(domain(), folder, data, test, device, batch_size, out)
         console.say(f"report  {found['report']}")
         console.result(found)
 
@@ -439,16 +439,16 @@ def predict_files(
     skip_bad: bool,
     label: Callable[..., dict[str, Any]] | None = None,
 ) -> None:
-    """The verb `predict`: a label for each file; label: in place of `adaptsuite.experiment.label_files`."""
-    from adaptsuite import experiment
+    """The verb `predict`: a label for each file; label: in place of `adaptsuite.applied.label_files`."""
+    from adaptsuite import applied
 
-    found = (label or experiment.label_files)(domain, adapter_folder(adapter), files, device, batch_size, skip_bad)
+    found = (label or applied.label_files)(domain, adapter_folder(adapter), files, device, batch_size, skip_bad)
     for row in found["predictions"]:
         best = sorted(row["scores"].items(), key=lambda item: -item[1])[:3]
         console.say(f"{row['path']}\t{row['label']}\t" + "  ".join(f"{k} {v:.3f}" for k, v in best))
     console.remarks(found)
     if out is not None:
-        experiment.write_predictions(Path(out), found["predictions"])
+        applied.write_predictions(Path(out), found["predictions"])
     console.result(found)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptsuite import experiment
+from adaptsuite import applied, experiment
 from adaptsuite.atomic import write_file
 from adaptsuite.devices import pick_device
 from adaptsuite.errors import UsageError
@@ -103,12 +103,12 @@ def _subject(domain, source, files, data, test, device, skip_bad) -> tuple[Subje
         return _backbone(domain, source, files, test, device, skip_bad)
     facts: dict[str, Any] = {"adapter": str(source)}
     if data is not None:
-        scored = experiment.score_adapter(domain, source, data, test, device, None, skip_bad)
+        scored = applied.score_adapter(domain, source, data, test, device, None, skip_bad)
         handle, recipe, labels, skipped = scored.handle, scored.recipe, scored.labels, list(scored.subset.skipped)
         dataset, outputs, notes = scored.dataset, scored.outputs, scored.result["warnings"]
     else:
         handle, recipe, labels, _ = experiment.restore(domain, source)
-        paths, skipped, notes = experiment.readable(domain, files, skip_bad)
+        paths, skipped, notes = applied.readable(domain, files, skip_bad)
         dataset, task = domain.dataset(handle.model, paths, None), domain.task(recipe, labels)
         outputs, _ = predict_all(handle.model, task, dataset, device=device or "auto")
     rows, probabilities = np.arange(len(dataset)), to_probabilities(outputs, recipe.data.task)
@@ -119,7 +119,7 @@ def _subject(domain, source, files, data, test, device, skip_bad) -> tuple[Subje
 
 def _backbone(domain, recipe: Recipe, files, test, device, skip_bad) -> tuple[Subject, dict[str, Any]]:
     if files:
-        paths, skipped, notes = experiment.readable(domain, files, skip_bad)
+        paths, skipped, notes = applied.readable(domain, files, skip_bad)
     else:
         manifest = experiment.read_table(domain, recipe)
         chosen = slice(None) if test is None else matching(manifest, "--test", test)

@@ -10,12 +10,13 @@ import soundfile
 import torch
 
 from adaptsuite import atomic, export
+from adaptsuite.applied import label_files
 from adaptsuite.audio import backbones
 from adaptsuite.audio.export import export as write
 from adaptsuite.audio.pipeline import DOMAIN
 from adaptsuite.cli import main
 from adaptsuite.errors import Inexact, UsageError
-from adaptsuite.experiment import adapt, complete, label_files, restore
+from adaptsuite.experiment import adapt, complete, restore
 from adaptsuite.peft_bridge import CONFIG, from_peft
 from adaptsuite.recipe import DataSettings, Recipe, digest, to_dict
 from adaptsuite.verify import _perturb

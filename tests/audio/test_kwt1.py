@@ -5,7 +5,7 @@ import pytest
 import torch
 from kwt1 import Block, Kwt1, builder, load, mfcc_constants
 
-from adaptsuite import experiment
+from adaptsuite import applied, experiment
 from adaptsuite.audio import backbones
 from adaptsuite.audio.pipeline import DOMAIN, AudioModel
 from adaptsuite.audio.synthetic import make_dataset
@@ -134,7 +134,7 @@ def test_a_run_from_clips_to_a_report_and_back(tmp_path, registered):
     assert labels == ["sound0", "sound1"] and isinstance(handle.model.backbone, Kwt1)
     clip = next((tmp_path / "clips" / "sound0").glob("*.wav"))
     assert len(DOMAIN.dataset(handle.model, [clip], None)) == 2
-    (said,) = experiment.label_files(DOMAIN, result["adapter"], [str(clip)])["predictions"]
+    (said,) = applied.label_files(DOMAIN, result["adapter"], [str(clip)])["predictions"]
     assert said["label"] in labels
 
 

@@ -52,7 +52,7 @@ class Lab:
         self.plain = DOMAIN.model(self.recipe, self.manifest.classes)
         self.parts = experiment.Parts(DOMAIN, self.manifest)
         self.task = DOMAIN.task(self.recipe, self.manifest.classes)
-        experiment._prepare(DOMAIN, self.plain, self.manifest)
+        experiment.prepare_rows(DOMAIN, self.plain, self.manifest)
 
     def rows(self, wanted: Callable) -> np.ndarray:
         return np.array([i for i, row in enumerate(self.manifest.rows) if wanted(row)])

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pydicom.data import get_testdata_file
 
-from adaptsuite import experiment
+from adaptsuite import applied, experiment
 from adaptsuite.commands import read_recipe
 from adaptsuite.domain import Said
 from adaptsuite.errors import DataError, UsageError
@@ -238,7 +238,7 @@ def test_no_file_that_a_run_writes_names_a_patient(run):
 
 def test_evaluate_gives_calibrated_scores_and_the_stored_operating_point(run):
     folder, out, result = run
-    found = experiment.score_adapter(MedicalDomain(), out / "adapter", str(folder), None, "cpu", None).result["metrics"]
+    found = applied.score_adapter(MedicalDomain(), out / "adapter", str(folder), None, "cpu", None).result["metrics"]
     for name, metric in result["metrics"]["test"].items():
         assert found["test"][name]["value"] == pytest.approx(metric["value"], abs=1e-5)
     before, after = (m["evidence"]["Finding: lesion"]["metrics"]["sensitivity"] for m in (result["metrics"], found))

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import conftest  # noqa: F401  (makes adaptsuite importable)
 
-from adaptsuite import experiment
+from adaptsuite import applied, experiment
 from adaptsuite.domain import Domain
 from adaptsuite.errors import Diverged, UsageError
 from adaptsuite.manifest import Fold, load_manifest
@@ -330,7 +330,7 @@ def test_the_report_and_the_adapter_say_which_rates_were_tried_and_that_validati
     record = json.loads((tmp_path / "run" / "adapter" / "adapter.json").read_text())
     assert record["lr_grid"] == result["metrics"]["lr_grid"]
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["lr_grid"] == record["lr_grid"]
-    experiment.report_adapter(Toy(), tmp_path / "run" / "adapter", *[None] * 5)  # anew, from the run's files
+    applied.report_adapter(Toy(), tmp_path / "run" / "adapter", *[None] * 5)  # anew, from the run's files
     assert "Learning rates" in (tmp_path / "run" / "report.html").read_text()
 
 

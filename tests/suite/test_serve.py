@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from adaptsuite import experiment
+from adaptsuite import applied, experiment
 from adaptsuite.cli import main
 from adaptsuite.errors import AdapterError, DataError, UsageError
 from adaptsuite.host import attach
@@ -69,7 +69,7 @@ def alone(root, pictures) -> dict[tuple[str, Path], dict]:
     """What `adapt vision predict` says: each adapter on a model of its own."""
     found = {}
     for name in ADAPTERS:
-        said = experiment.label_files(DOMAIN, root / name, [str(p) for p in pictures], "cpu")
+        said = applied.label_files(DOMAIN, root / name, [str(p) for p in pictures], "cpu")
         found |= {(name, Path(row["path"])): row for row in said["predictions"]}
     return found
 
@@ -395,5 +395,5 @@ def test_sounds_of_several_windows_and_padding_share_batches_too(tmp_path):
         found = [(name, path, answer.result(60)) for name, path, answer in waiting]
     assert server.items > server.batches * 6
     for name, path, said in found:
-        (own,) = experiment.label_files(AUDIO, folders[name], [str(path)], "cpu")["predictions"]
+        (own,) = applied.label_files(AUDIO, folders[name], [str(path)], "cpu")["predictions"]
         assert same(said, own), (name, path)
