@@ -70,7 +70,7 @@ def compare(
     full = experiment.started(domain, settled[FULL], manifest, handle=host)
     rows = []
     for label in given:
-        rows.append(_row(domain, label, settled[label], manifest, full, out / _safe(label), count))
+        rows.append(_row(domain, label, settled[label], manifest, full, out / experiment.safe(label, "-_.="), count))
         say(progress(rows[-1]))
     _against_full(domain, manifest, rows)
     return _written(domain, settled, manifest, rows, out)
@@ -159,7 +159,3 @@ def _written(
         seeds=first.seeds,
     )
     return {"rows": rows, "sentences": told, "table": str(out / "compare.md"), "report": str(write_run(out, page))}
-
-
-def _safe(label: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_.=" else "_" for c in label)

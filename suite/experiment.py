@@ -449,7 +449,7 @@ def train(
     for seed, fold in plans:
         folder = out
         if len(plans) > 1:
-            folder = out / "-".join([f"seed{seed}"] * (len(recipe.seeds) > 1) + [_safe(fold.name)] * bool(data.cv))
+            folder = out / "-".join([f"seed{seed}"] * (len(recipe.seeds) > 1) + [safe(fold.name)] * bool(data.cv))
             say(f"run    {folder.name}: {', '.join(f'{n} {part}' for part, n in fold.sizes.items())} rows")
         with rows_named(manifest):
             outcome = train_one(domain, recipe, manifest, fold, seed, folder, parts, say)
@@ -610,8 +610,9 @@ def _folds(manifest: Manifest, data, seed: int) -> list[Fold]:
     return split(manifest, data.test, data.val, data.cv, seed, data.shots)
 
 
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".") or "fold"
+def safe(name: str, also: str = "-_.") -> str:
+    """The name of a folder, of letters, digits and `also`."""
+    return "".join(c if c.isalnum() or c in also else "_" for c in name).strip(".") or "fold"
 
 
 def pooled(domain: Domain, manifest: Manifest, outcomes: Sequence[Outcome], part: str) -> dict[str, dict]:

@@ -73,7 +73,7 @@ def _hub_front_end(backbone: nn.Module) -> FrontEnd:
     config = getattr(backbone, "config", None)
     size = getattr(getattr(config, "vision_config", config), "image_size", None)
     given: dict[str, Any] = {"size": (size, size) if isinstance(size, int) else tuple(size)} if size else {}
-    said = _preprocessor(getattr(getattr(backbone, "adaptsuite_source", None), "name", ""))
+    said = preprocessor(getattr(getattr(backbone, "adaptsuite_source", None), "name", ""))
     given |= {key: tuple(said[f"image_{key}"]) for key in ("mean", "std") if f"image_{key}" in said}
     if said:
         given["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear"}.get(said.get("resample"), "bicubic")
@@ -81,7 +81,7 @@ def _hub_front_end(backbone: nn.Module) -> FrontEnd:
     return FrontEnd(**given)
 
 
-def _preprocessor(name: str) -> dict[str, Any]:
+def preprocessor(name: str) -> dict[str, Any]:
     """The values of a hf: or file: backbone's preprocessor_config.json; none of a model that has no such file."""
     source, _, rest = name.removesuffix(")").partition(" (")[0].partition(":")
     if source not in ("hf", "file"):

@@ -1,10 +1,9 @@
 """How a training is brought under a limit of memory: lean activations first, then fewer samples at once."""
 
 import contextlib
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from adaptsuite.bank import tensors_in
 from adaptsuite.budget import budget
 from adaptsuite.checkpoint import copied
+from adaptsuite.costs import ratio, turns
 from adaptsuite.devices import autocast, pick_device, to_device
 from adaptsuite.errors import ResourceError
 from adaptsuite.host import Handle
@@ -77,19 +77,15 @@ def _slower(plan: Plan, handle: Handle, sample: Any, pairs: int = 3) -> str:
     model = handle.model.to(device).train()
     args, kwargs = to_device(call_arguments(sample), device)
 
-    def seconds(around) -> float:
-        start = time.perf_counter()
+    def step(around) -> None:
         with autocast(device, plan.precision), around():
             ends = [t for t in tensors_in(model(*args, **kwargs)) if t.requires_grad]
         torch.autograd.backward(ends, [torch.ones_like(t) for t in ends])
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
     with torch.random.fork_rng(devices=[]):
-        ratios = [seconds(lean) / seconds(contextlib.nullcontext) for _ in range(pairs + 1)][1:]  # the first warms up
+        taken = turns({"lean": partial(step, lean), "plain": partial(step, contextlib.nullcontext)}, pairs)
     handle.load_state(state)
     for p in handle.trained().values():
         p.grad = None
-    ratio = statistics.median(ratios)
-    return f"{ratio:.2f} times the time of a step" + (" (slower than 10 %)" if ratio > SLOW else "")
+    found = ratio(taken, "lean", "plain")["value"]
+    return f"{found:.2f} times the time of a step" + (" (slower than 10 %)" if found > SLOW else "")

@@ -12,6 +12,11 @@ from adaptsuite.probe import meta_copy
 from adaptsuite.vl.tokenizer import SpellingTokenizer, WordTokenizer
 
 
+def unit(image: Tensor) -> Tensor:
+    """uint8 pictures as values in [0, 1]; others as they are."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
 class Sighted(nn.Module):
     """An image encoder (as adaptsuite.features.see reads it) with its normalisation, and the tokenizer of a text model
     beside it. front_end: of adaptsuite.front_end.FrontEnd, with size, mean and std at least."""
@@ -42,8 +47,7 @@ class Sighted(nn.Module):
     def normalised(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) as the image encoder takes it, of uint8 pictures or of values in [0, 1]."""
         mean, std = (torch.tensor(self.adaptsuite_front_end[k], device=image.device) for k in ("mean", "std"))
-        unit = image.float() / 255 if image.dtype == torch.uint8 else image
-        return (unit - mean[:, None, None]) / std[:, None, None]
+        return (unit(image) - mean[:, None, None]) / std[:, None, None]
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, 1 + patches, D): what sums the picture up, then patches by row. image: as `normalised` takes.

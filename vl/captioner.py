@@ -17,7 +17,7 @@ from torch import Tensor
 from adaptsuite.bank import BANK
 from adaptsuite.vl.backbones import DecoderPair
 from adaptsuite.vl.context import with_context
-from adaptsuite.vl.paired import PrefixedModel, VisualPrefix
+from adaptsuite.vl.paired import PrefixedModel, VisualPrefix, given
 from adaptsuite.vl.settings import CaptionSettings
 
 
@@ -49,9 +49,9 @@ class CaptionModel(PrefixedModel):
         has_image: Tensor | None = None,
     ) -> Tensor:
         v = self.see(image, has_image) if features is None else features
-        given = self.inputs(v, input_ids, attention_mask)
-        context = {"features": v, "token_mask": given["attention_mask"].bool()}
-        out = with_context(self, self.pair.language_model, context=context, use_cache=False, **given)
+        inputs = self.inputs(v, input_ids, attention_mask)
+        context = {"features": v, "token_mask": inputs["attention_mask"].bool()}
+        out = with_context(self, self.pair.language_model, context=context, use_cache=False, **inputs)
         return out.logits[:, -input_ids.shape[1] :]
 
     @torch.no_grad()
@@ -69,15 +69,15 @@ class CaptionModel(PrefixedModel):
         v = self.see(image, has_image) if features is None else features
         begin, end = self.tokenizer.begin, self.tokenizer.end
         first = torch.full((len(v), 1), begin, device=v.device)
-        given = self.inputs(v, first, torch.ones_like(first))
+        inputs = self.inputs(v, first, torch.ones_like(first))
         most = min(self.settings.words, self.tokenizer.max_length - 1)
         options = {"num_beams": self.settings.beams, "max_new_tokens": most, "do_sample": False, **options}
         bank = getattr(self, BANK, None)
         # generate() refuses what it does not know: V is around it, and counts for each beam (context.aligned)
         with nullcontext() if bank is None else bank.using(features=v):
             said = self.pair.language_model.generate(
-                inputs_embeds=given["inputs_embeds"],
-                attention_mask=given["attention_mask"],
+                inputs_embeds=inputs["inputs_embeds"],
+                attention_mask=inputs["attention_mask"],
                 eos_token_id=end,
                 pad_token_id=end,
                 **options,
@@ -117,8 +117,7 @@ class CaptionTask:
         return {"log_loss": float(loss / words), "next_word": float(hits / words)}
 
     def _losses(self, model: CaptionModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        names = ("input_ids", "attention_mask", "image", "features", "has_image")
-        logits = model(**{name: batch[name] for name in names if name in batch})
+        logits = model(**given(batch))
         return next_token_losses(logits, batch["input_ids"], batch["attention_mask"]), logits
 
 
@@ -128,4 +127,4 @@ class Writing:
     target = "item"
 
     def predict(self, model: CaptionModel, batch: dict[str, Tensor]) -> Tensor:
-        return model.generate(**{name: batch[name] for name in ("image", "features", "has_image") if name in batch})
+        return model.generate(**given(batch, ("image", "features", "has_image")))

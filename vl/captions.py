@@ -1,6 +1,5 @@
 """Captions of pictures: written by a language model, scored by BLEU and CIDEr-D, beside one that sees no picture."""
 
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from adaptsuite import figures
 from adaptsuite.domain import Said
-from adaptsuite.images import read
 from adaptsuite.manifest import Manifest, Row, write_csv
 from adaptsuite.plan import Plan
 from adaptsuite.predict import predict_all
@@ -22,6 +19,7 @@ from adaptsuite.vl.captioner import CaptionModel, CaptionTask, Writing
 from adaptsuite.vl.data import load_table, text_of
 from adaptsuite.vl.domain import PairedDomain
 from adaptsuite.vl.pairs import Pairs
+from adaptsuite.vl.panel import panel
 from adaptsuite.vl.scores import caption_scores, cider_d, mean_interval
 from adaptsuite.vl.settings import CaptionSettings
 
@@ -111,7 +109,7 @@ class Captions(PairedDomain):
             },
             {
                 "title": "Captions",
-                "figure": captioned(chosen),
+                "figure": panel([(p.row.path, f"said: {p.said[0]}\nis: {p.references[0]}") for p in chosen]),
                 "caption": "The best and the worst by CIDEr-D; all are in captions.csv.",
                 "table": [_line(p, v, "") for v, p in (shown[i] for i in order[-SHOWN // 2 :])],
             },
@@ -145,26 +143,6 @@ def written(model: CaptionModel, dataset: Pairs, batch_size: int, device: str) -
     numbers, _ = predict_all(model, Writing(), dataset, batch_size, device, indices=list(first.values()))
     texts = dict(zip(first.values(), map(model.tokenizer.decode, numbers.astype(int)), strict=True))
     return [texts[i] for i in places]
-
-
-def captioned(shown: Sequence[Captioned]) -> str:
-    """A figure: pictures side by side, below each what was written of it and one of its captions."""
-    columns = min(4, len(shown))
-    lines = -(-len(shown) // columns)
-    with figures.canvas(2.4 * columns, 2.9 * lines) as figure:
-        for axis, picture in zip(figure.subplots(lines, columns, squeeze=False).flat, shown, strict=False):
-            image = read(picture.row.path)
-            image.thumbnail((256, 256))
-            axis.imshow(image)
-            axis.set_title(_wrapped(f"said: {picture.said[0]}\nis: {picture.references[0]}"), fontsize=6)
-        for axis in figure.axes:
-            axis.set_axis_off()
-        return figures.embed(figure)
-
-
-def _wrapped(text: str, width: int = 44, most: int = 6) -> str:
-    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, width)[: most // 2]]
-    return "\n".join(lines).replace("$", r"\$")
 
 
 def _line(picture: Captioned, value: float, run: str) -> dict[str, Any]:

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptsuite.errors import UsageError
+from adaptsuite.vl.paired import given
 from adaptsuite.vl.two_tower import TwoTower, cosines
+
+PICTURE = ("image", "features")  # of a batch
 
 
 class FewShotModel(nn.Module):
@@ -49,24 +52,20 @@ class FewShotTask:
         self.num_base = num_base
 
     def loss(self, model: FewShotModel, batch: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(model(**_picture(batch), first=self.num_base), batch["target"])
+        return F.cross_entropy(model(**given(batch, PICTURE), first=self.num_base), batch["target"])
 
     def predict(self, model: FewShotModel, batch: dict[str, Tensor]) -> Tensor:
-        return model(**_picture(batch))
+        return model(**given(batch, PICTURE))
 
     def embed(self, model: FewShotModel, batch: dict[str, Tensor]) -> Tensor:
         """(B, E) unit vectors of pictures, the mean over prompts."""
-        found = _picture(batch)
+        found = given(batch, PICTURE)
         seen = found["features"] if "features" in found else model.see(found["image"])
         return F.normalize(F.normalize(seen, dim=-1).mean(1), dim=-1)
 
     def score(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         """Accuracy among the classes that have shots: validation rows are of no other."""
         return {"accuracy": float((outputs[:, : self.num_base].argmax(1) == targets).mean())}
-
-
-def _picture(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("image", "features") if name in batch}
 
 
 class Seeing:

@@ -44,7 +44,7 @@ class PairedDomain(Domain):
     train_norms = False
     data_task: str  # the value of data.task
     settings: type  # its part of section `head`
-    text_model = "text_encoder"  # the component whose sites are meant where a role names none
+    text_model: str | None = "text_encoder"  # the component whose sites are meant where a role names none; None: all
     pair_kind: type[Sighted] = EncoderPair  # what its backbones are
     blind: tuple[str, ...] = BLIND  # its baselines
     backbones = ("embedded:vl-tiny",)
@@ -147,18 +147,20 @@ class PairedDomain(Domain):
 
     def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
         own = {k: v for k, v in asdict(model.front_end).items() if k in ("size", "fit", "interpolation")}
-        settings = {"prefix": model.settings.prefix} if hasattr(model.settings, "prefix") else {}
-        return replace(recipe, front_end={**recipe.front_end, **own}, head={**recipe.head, **settings})
+        settings = getattr(model, "settings", None)
+        prefix = {"prefix": settings.prefix} if hasattr(settings, "prefix") else {}
+        return replace(recipe, front_end={**recipe.front_end, **own}, head={**recipe.head, **prefix})
 
     def placed(
         self, recipe: Recipe, model: nn.Module, method: Method
     ) -> tuple[Method, tuple[str, ...], dict[str, float]]:
-        """The text model's sites and the head, where `components` does not say otherwise."""
+        """The text model's sites (or all of them) and the head, where `components` does not say otherwise."""
         head = () if recipe.components.get(HEAD) == "freeze" else (HEAD,)
         rates = factors_of(model, recipe.component_rates)
         if not recipe.components:
             return method, head, rates
-        method, whole = chosen(model, method, {self.text_model: "adapt", **recipe.components})
+        unsaid = {} if self.text_model is None else {self.text_model: "adapt"}
+        method, whole = chosen(model, method, {**unsaid, **recipe.components})
         return method, tuple(dict.fromkeys((*head, *whole))), rates
 
     def trains(self, handle: Handle) -> list[str]:
@@ -242,12 +244,17 @@ class PairedDomain(Domain):
         """A row may have several right answers, so there is no table of one class against the others."""
 
 
+def said_front_end(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says of size (height, width), fit and interpolation."""
+    said = {k: v for k, v in recipe.front_end.items() if k in ("size", "fit", "interpolation") and v is not None}
+    if isinstance(said.get("size"), int):
+        said["size"] = (said["size"], said["size"])
+    return said
+
+
 def given_front_end(recipe: Recipe, pair: nn.Module) -> FrontEnd:
     """How pictures are seen: as the pair's image encoder wants it, where the recipe says nothing else."""
-    given = {k: v for k, v in recipe.front_end.items() if k in ("size", "fit", "interpolation") and v is not None}
-    if isinstance(given.get("size"), int):
-        given["size"] = (given["size"], given["size"])
-    front = replace(FrontEnd(**pair.adaptsuite_front_end), **{"fit": "squash", **given})
+    front = replace(FrontEnd(**pair.adaptsuite_front_end), **{"fit": "squash", **said_front_end(recipe)})
     patch = pair.patch_size
     if patch and any(side % step for side, step in zip(front.size, patch, strict=True)):
         raise UsageError(f"front_end.size={front.size}: multiples of {patch[0]} x {patch[1]} pixels are needed")

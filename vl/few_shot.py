@@ -70,10 +70,6 @@ class FewShot(TowerDomain):
         """(rows,) number of the class. DataError for a class that an adapter does not know."""
         return replace(manifest, task="multiclass").targets(classes)
 
-    def dataset(self, model: nn.Module, paths: Sequence[Path], targets: np.ndarray | None) -> Pairs:
-        rows = [Row(path, str(path), (), 0, {"text": ""}, {"image": path}) for path in paths]
-        return Pairs(rows, model, targets, self.memory, self.seen)
-
     def shown(self, row: Row) -> str:
         return row.rel
 

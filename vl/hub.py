@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ LONGEST = 512  # tokens of a text, whatever the model would take
 @dataclass(frozen=True)
 class HubTokenizer:
     """A folder's own tokenizer. Texts are padded behind to the longest one; what is longer than max_length is cut."""
+
+    padding: ClassVar[str] = "longest"
 
     inner: Any  # transformers' tokenizer
     source: str  # a name as backbones have it
@@ -41,7 +43,7 @@ class HubTokenizer:
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """{"input_ids", "attention_mask"}, (B, T) int64 each."""
         found = self.inner(
-            list(texts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt",
+            list(texts), padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt",
             return_attention_mask=True,
         )  # fmt: skip
         return {name: found[name] for name in ("input_ids", "attention_mask")}
@@ -58,6 +60,12 @@ class HubTokenizer:
         words = sorted(self.inner.get_vocab().items())
         digest = hashlib.sha256("\n".join(f"{word}\0{number}" for word, number in words).encode()).hexdigest()
         return {"source": self.source, "kind": type(self.inner).__name__, "tokens": len(self), "sha256": digest}
+
+
+class FullTokenizer(HubTokenizer):
+    """The same with every text padded to max_length, as SigLIP was trained."""
+
+    padding = "max_length"
 
 
 class WritingTokenizer(HubTokenizer):

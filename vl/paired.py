@@ -7,6 +7,7 @@ V can be given in its place.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -175,6 +176,14 @@ class PairedModel(PrefixedModel):
         return pooled if embedding else self.head(pooled)
 
 
+READ = ("input_ids", "attention_mask", "image", "features", "has_image")
+
+
+def given(batch: dict[str, Tensor], names: Sequence[str] = READ) -> dict[str, Tensor]:
+    """Of a batch what a model is called with: pictures or what was seen of them, and words."""
+    return {name: batch[name] for name in names if name in batch}
+
+
 class AnswerTask:
     """Answers as classes with soft scores: binary cross-entropy of each answer, summed over answers."""
 
@@ -191,8 +200,7 @@ class AnswerTask:
         return -(F.log_softmax(logits, 1) * target / total.clamp(min=1e-6)).sum(1).mean()
 
     def predict(self, model: PairedModel, batch: dict[str, Tensor], **options) -> Tensor:
-        names = ("input_ids", "attention_mask", "image", "features", "has_image")
-        return model(**{name: batch[name] for name in names if name in batch}, **options)
+        return model(**given(batch), **options)
 
     def embed(self, model: PairedModel, batch: dict[str, Tensor]) -> Tensor:
         return self.predict(model, batch, embedding=True)

@@ -19,6 +19,7 @@ from adaptsuite.predict import predict_all
 from adaptsuite.recipe import DataSettings, Recipe
 from adaptsuite.vl.contrast import contrastive
 from adaptsuite.vl.data import load_table, text_of
+from adaptsuite.vl.paired import given
 from adaptsuite.vl.pairs import Pairs
 from adaptsuite.vl.panel import panel
 from adaptsuite.vl.scores import RECALLS, chance_recall, mean_interval, retrieval_ranks
@@ -83,8 +84,7 @@ class RetrievalTask:
     target, monitor = "target", "mean_recall"
 
     def _said(self, model: RetrievalModel, batch: dict[str, Tensor], **options) -> Tensor:
-        names = ("input_ids", "attention_mask", "image", "features")
-        return model(**{name: batch[name] for name in names if name in batch}, **options)
+        return model(**given(batch, ("input_ids", "attention_mask", "image", "features")), **options)
 
     def loss(self, model: RetrievalModel, batch: dict[str, Tensor]) -> Tensor:
         return contrastive(self._said(model, batch), batch["target"])

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptsuite.domain import HEAD
 from adaptsuite.errors import UsageError
-from adaptsuite.method import Method, method_class
+from adaptsuite.method import method_class
 from adaptsuite.recipe import Recipe
-from adaptsuite.vl.domain import PairedDomain
-from adaptsuite.vl.hosts import chosen, factors_of
+from adaptsuite.vl.domain import PairedDomain, said_front_end
 from adaptsuite.vl.two_tower import TwoTower, load_towers
 
 
@@ -24,6 +22,7 @@ class TowerDomain(PairedDomain):
     """
 
     blind = ()
+    text_model = None
 
     def defaults(self, method: str) -> dict[str, dict[str, Any]]:
         """RPO as its paper trains it (section 4), others with rates for pretrained towers."""
@@ -38,30 +37,15 @@ class TowerDomain(PairedDomain):
 
     def model(self, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         towers = load_towers(recipe.backbone, random_weights=recipe.random_weights, seed=recipe.seeds[0])
-        given = {k: v for k, v in recipe.front_end.items() if k in ("fit", "interpolation") and v is not None}
-        towers.front_end = front = replace(towers.front_end, **given)
-        size = recipe.front_end.get("size")
-        if size is not None and (tuple(size) if isinstance(size, Sequence) else (size, size)) != front.size:
-            raise UsageError(f"front_end.size={size}: {recipe.backbone} takes {front.size[0]} x {front.size[1]} pixels")
+        said, (height, width) = said_front_end(recipe), towers.front_end.size
+        if tuple(said.get("size", towers.front_end.size)) != (height, width):
+            asked = recipe.front_end["size"]
+            raise UsageError(f"front_end.size={asked}: {recipe.backbone} takes {height} x {width} pixels")
+        towers.front_end = front = replace(towers.front_end, **said)
         model = self.build(towers, recipe, classes).eval()
         frozen = not trains_pictures(recipe, towers)
         model.seen_key = (recipe.backbone, recipe.random_weights and recipe.seeds[0], front) if frozen else None
         return model
-
-    def decided(self, recipe: Recipe, model: nn.Module) -> Recipe:
-        own = {k: v for k, v in asdict(model.front_end).items() if k in ("size", "fit", "interpolation")}
-        return replace(recipe, front_end={**recipe.front_end, **own})
-
-    def placed(
-        self, recipe: Recipe, model: nn.Module, method: Method
-    ) -> tuple[Method, tuple[str, ...], dict[str, float]]:
-        """Both towers and the head, where `components` names none; else those that it names."""
-        head = () if recipe.components.get(HEAD) == "freeze" else (HEAD,)
-        rates = factors_of(model, recipe.component_rates)
-        if not recipe.components:
-            return method, head, rates
-        method, whole = chosen(model, method, recipe.components)
-        return method, tuple(dict.fromkeys((*head, *whole))), rates
 
     def build(self, towers: TwoTower, recipe: Recipe, classes: Sequence[str]) -> nn.Module:
         raise NotImplementedError

@@ -8,7 +8,6 @@ The embedded pair, whose encoders know nothing of each other, gives features tha
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from adaptsuite.backbones import load_backbone, parse_backbone, parse_options
 from adaptsuite.errors import ResourceError, UsageError
-from adaptsuite.front_end import FrontEnd, image_tower
-from adaptsuite.vl.backbones import EncoderPair
+from adaptsuite.front_end import FrontEnd, image_tower, own_front_end, preprocessor
+from adaptsuite.vl.backbones import EncoderPair, unit
+from adaptsuite.vl.hub import FullTokenizer, HubTokenizer, hub_tokenizer
 from adaptsuite.vl.rpo import end_of_text
 
 
@@ -34,7 +34,7 @@ class TwoTower(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(front_end, name)).view(-1, 1, 1), persistent=False)
 
     def normalised(self, image: Tensor) -> Tensor:
-        return ((image.float() / 255 if image.dtype == torch.uint8 else image) - self.mean) / self.std
+        return (unit(image) - self.mean) / self.std
 
     def see(self, image: Tensor) -> Tensor:
         """(B, K, E), not normalised; as `read` gives texts."""
@@ -185,9 +185,11 @@ def load_towers(name: str, *, random_weights: bool = False, seed: int = 0) -> Tw
         return OpenClip(model, open_clip_tokenizer(rest, model), front).eval()
     kind = getattr(getattr(model, "config", None), "model_type", "")
     if kind in ("clip", "siglip", "siglip2") and hasattr(model, "logit_scale"):
-        size, front = model.config.vision_config.image_size, _hf_front_end(rest)
-        towers = HfClip if kind == "clip" else HfSiglip
-        return towers(model, HfTokens(_hf_tokenizer(rest), model), FrontEnd(size=(size, size), **front)).eval()
+        if not preprocessor(name):
+            raise ResourceError(f"{name}: its preprocessor_config.json cannot be had")
+        towers, tokens = (HfClip, HubTokenizer) if kind == "clip" else (HfSiglip, FullTokenizer)
+        tokenizer = hub_tokenizer(name, model.config.text_config.max_position_embeddings, tokens)
+        return towers(model, tokenizer, own_front_end(model)).eval()
     raise UsageError(
         f"{name} is {type(model).__name__}: two towers that can be compared are needed, as open_clip:MODEL/TAG, "
         "hf:FOLDER of CLIP or SigLIP, or embedded:vl-tiny"
@@ -238,47 +240,6 @@ def open_clip_tokenizer(rest: str, model: nn.Module) -> ClipTokens:
         raise UsageError(f"open_clip:{name}: {size} token embeddings for a tokenizer of {known} tokens")
     trims = hasattr(tower, "token_embedding") and _causal(tower)
     return ClipTokens(tokenize, length, trims, end_of_text(tower, size) if trims else -1)
-
-
-class HfTokens:
-    """transformers' tokenizer of a folder: CLIP's padded to the longest text, SigLIP's to the full length."""
-
-    def __init__(self, tokenizer: Any, model: nn.Module):
-        self.tokenizer, self.max_length = tokenizer, model.config.text_config.max_position_embeddings
-        self.padding = "longest" if model.config.model_type == "clip" else "max_length"
-
-    def cut(self, text: str) -> int:
-        """How many tokens of a text are beyond what the tower reads."""
-        return max(0, len(self.tokenizer(text).input_ids) - self.max_length)
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        options = {"padding": self.padding, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
-        found = self.tokenizer(list(texts), return_attention_mask=True, **options)
-        return {name: found[name] for name in ("input_ids", "attention_mask")}
-
-
-def _hf_tokenizer(rest: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(rest, trust_remote_code=False)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ResourceError(f"hf:{rest}: its tokenizer cannot be had ({_line(error)})") from error
-
-
-def _hf_front_end(rest: str) -> dict[str, Any]:
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        said, _ = ImageProcessingMixin.get_image_processor_dict(rest)
-    except (OSError, ValueError) as error:
-        raise ResourceError(f"hf:{rest}: its preprocessor_config.json cannot be had ({_line(error)})") from error
-    return {
-        "mean": tuple(said["image_mean"]),
-        "std": tuple(said["image_std"]),
-        "interpolation": {0: "nearest", 1: "lanczos", 2: "bilinear"}.get(said.get("resample"), "bicubic"),
-        "fit": "crop" if said.get("do_center_crop") else "squash",
-    }
 
 
 def _line(error: Exception) -> str:

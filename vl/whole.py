@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from adaptsuite.backbones import load_backbone, parse_backbone, parse_options
 from adaptsuite.errors import UsageError
 from adaptsuite.front_end import FrontEnd, own_front_end
+from adaptsuite.vl.backbones import unit
 from adaptsuite.vl.context import with_context
 from adaptsuite.vl.hub import HubTokenizer, hub_tokenizer
+from adaptsuite.vl.paired import AnswerTask, given
 from adaptsuite.vl.settings import AnswerSettings
 
 IMAGE = "<image>"  # where the picture's tokens stand in a prompt
@@ -116,7 +118,7 @@ class WholeModel(nn.Module):
     def see(self, image: Tensor, has_image: Tensor | None = None) -> Tensor:
         """(B, 3, H, W), normalised: what stands for V."""
         image = image.to(self.mean.device)
-        seen = ((image.float() / 255 if image.dtype == torch.uint8 else image) - self.mean) / self.std
+        seen = (unit(image) - self.mean) / self.std
         return seen if has_image is None else seen * has_image.to(seen)[:, None, None, None]
 
     def forward(
@@ -152,26 +154,13 @@ class WholeModel(nn.Module):
         return (each * real).sum(1)
 
 
-class WholeTask:
+class WholeTask(AnswerTask):
     """The likelihood of each row's best answer is raised; a row none of whose answers is known says nothing."""
-
-    target, monitor = "target", "accuracy"
-    names = ("input_ids", "attention_mask", "image", "features", "has_image")
-
-    def _given(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: batch[name] for name in self.names if name in batch}
 
     def loss(self, model: WholeModel, batch: dict[str, Tensor]) -> Tensor:
         score, answer = batch["target"].max(1)
-        said = model(**self._given(batch), answer=answer)
+        said = model(**given(batch), answer=answer)
         return -(said * score).sum() / score.sum().clamp(min=1e-6)
-
-    def predict(self, model: WholeModel, batch: dict[str, Tensor]) -> Tensor:
-        return model(**self._given(batch))
-
-    def score(self, outputs: Any, targets: Any) -> dict[str, float]:
-        """Mean soft accuracy of the likeliest answer."""
-        return {"accuracy": float(targets[range(len(targets)), outputs.argmax(1)].mean())}
 
 
 def load_whole(

@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptsuite.errors import UsageError
 from adaptsuite.method import Method
 from adaptsuite.recipe import Recipe
+from adaptsuite.vl.domain import said_front_end
 from adaptsuite.vl.hosts import chosen, factors_of, parts
 from adaptsuite.vl.vqa import Questions
 from adaptsuite.vl.whole import WholeModel, WholeTask, load_whole
@@ -28,11 +29,8 @@ class WholeQuestions(Questions):
         settings = self.head(recipe)
         if settings.prefix is not None or settings.loss != "bce":
             raise UsageError("head.prefix and head.loss say nothing of a model that writes about pictures")
-        front = {k: v for k, v in recipe.front_end.items() if k in ("size", "fit", "interpolation") and v is not None}
-        if isinstance(front.get("size"), int):
-            front["size"] = (front["size"], front["size"])
         weights = {"random_weights": recipe.random_weights, "seed": recipe.seeds[0]}
-        return load_whole(recipe.backbone, classes, settings, front_end=front, **weights)
+        return load_whole(recipe.backbone, classes, settings, front_end=said_front_end(recipe), **weights)
 
     def placed(
         self, recipe: Recipe, model: WholeModel, method: Method
@@ -43,10 +41,6 @@ class WholeQuestions(Questions):
         language = [part.name for part in parts(model) if part.kind == "language" and part.component]
         method, whole = chosen(model, method, {**dict.fromkeys(language, "adapt"), **recipe.components})
         return method, whole, rates
-
-    def decided(self, recipe: Recipe, model: WholeModel) -> Recipe:
-        own = {k: getattr(model.front_end, k) for k in ("size", "fit", "interpolation")}
-        return replace(recipe, front_end={**recipe.front_end, **own})
 
     def task(self, recipe: Recipe, classes: Sequence[str], counts: np.ndarray | None = None) -> WholeTask:
         return WholeTask()

@@ -7,9 +7,10 @@ real path: nothing is held while backward runs, so freed memory is given out aga
 """
 
 import torch
-from lora_step import PEFT_NAMES, arguments, pair, ratio, row, show, stepper, trained, turns
+from lora_step import PEFT_NAMES, arguments, pair, relative, row, show, stepper, trained
 from torch import Tensor, nn
 
+from adaptsuite.costs import turns
 from adaptsuite.host import get_handle
 from adaptsuite.lean import lean, make_lean
 
@@ -57,7 +58,7 @@ def rows(count: int = 9, batch: int = 1) -> list[dict]:
     share = lean_bytes(ours, image) / plain_bytes(theirs, image)
     gap = difference(gradients(ours, image), expected)
     steps = {"ours": stepper(ours, image), "peft": stepper(theirs, image)}
-    value, spread = ratio(turns(steps, count), "ours", "peft")
+    value, spread = relative(turns(steps, count), "ours", "peft")
     return [
         row("2 lean activation bytes", share, 0.68, peer),
         row("2 lean gradient difference", gap, 1e-6, "the same host, not lean"),

@@ -8,14 +8,13 @@ machine's own speed and load cancel.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from adaptsuite import attach, budget
+from adaptsuite.costs import Turns, ratio, turns
 
 RANK, ALPHA = 8, 16.0
 QKV = {"sites": ("attn.qkv",)}
@@ -62,24 +61,10 @@ def stepper(model: nn.Module, image: Tensor) -> Callable[[], None]:
     return step
 
 
-def turns(variants: dict[str, Callable[[], None]], count: int) -> list[dict[str, float]]:
-    """Seconds of each variant in each turn; with one thread the process's own, so that others' load does not count."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    found, names = [], list(variants)
-    for turn in range(count + 1):
-        taken = {}
-        for name in names if turn % 2 else reversed(names):
-            start = clock()
-            variants[name]()
-            taken[name] = clock() - start
-        found += [taken] if turn else []  # the first one warms up
-    return found
-
-
-def ratio(found: list[dict[str, float]], a: str, b: str) -> tuple[float, list[float]]:
+def relative(found: Turns, a: str, b: str) -> tuple[float, list[float]]:
     """Median of a over b, and its quartiles."""
-    low, middle, high = statistics.quantiles([t[a] / t[b] for t in found], n=4)
-    return middle, [low, high]
+    of = ratio(found, a, b)
+    return of["value"], of["quartiles"]
 
 
 def row(name: str, value: float, bar: float, peer: str, spread: list[float] | None = None) -> dict:
@@ -95,7 +80,7 @@ def rows(count: int = 9, batch: int = 1) -> list[dict]:
     found = [row("1 LoRA FLOPs", lora.training_flops / full.training_flops, 0.68, "full fine-tuning")]
     image = torch.randn(batch, 3, 224, 224)
     ours, theirs = (stepper(m, image) for m in pair(QKV["sites"]))
-    value, spread = ratio(turns({"ours": ours, "peft": theirs}, count), "ours", "peft")
+    value, spread = relative(turns({"ours": ours, "peft": theirs}, count), "ours", "peft")
     return [*found, row("1 LoRA step", value, 1.02, f"peft {peft.__version__}", spread)]
 
 

@@ -10,13 +10,13 @@ own speed and load cancel.
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from lora_step import relative, row, show
 from torch import Tensor, nn
 
 from adaptsuite import attach, get_handle
+from adaptsuite.costs import turns
 
 BATCH, RANK = 16, 8
 
@@ -60,26 +60,6 @@ def pefts(model: nn.Module, num: int) -> nn.Module:
     return found.eval()
 
 
-def turns(variants: dict[str, Callable[[], Tensor]], count: int) -> list[dict[str, float]]:
-    """Seconds of each variant in each turn; with one thread the process's own."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    names, found = list(variants), []
-    for turn in range(count + 1):
-        taken = {}
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
-            start = clock()
-            variants[name]()
-            taken[name] = clock() - start
-        found += [taken] if turn else []  # the first one warms up
-    return found
-
-
-def ratio(found: list[dict[str, float]], a: str, b: str) -> tuple[float, list[float]]:
-    low, median, high = statistics.quantiles([t[a] / t[b] for t in found], n=4)
-    return median, [round(low, 3), round(high, 3)]
-
-
 @torch.no_grad()
 def rows(count: int = 9) -> list[dict]:
     """Row 6: time against peft at 16 adapters, 256 against 16, and the difference to one by one."""
@@ -110,19 +90,15 @@ def rows(count: int = 9) -> list[dict]:
         "peft 16": lambda: other(x, adapter_names=names),
     }
     found = turns(variants, count)
-    values = {name: statistics.median(t[name] for t in found) for name in variants}
-    against_peft, peft_spread = ratio(found, "ours 16", "peft 16")
-    growth, growth_spread = ratio(found, "ours 256", "ours 16")
+    values = {name: statistics.median(found[name]) for name in variants}
+    against_peft, peft_spread = relative(found, "ours 16", "peft 16")
+    growth, growth_spread = relative(found, "ours 256", "ours 16")
     ms = {name: round(value * 1e3, 1) for name, value in values.items()}
     return [
         row("6 mixed batch of 16 adapters, time / peft", against_peft, 1.0, {"peft_ms": ms["peft 16"]}, peft_spread),
         row("6 mixed batch, 256 adapters / 16", growth, 1.3, {"ours_16_ms": ms["ours 16"]}, growth_spread),
         row("6 mixed batch, difference to one by one", differences[0], 1e-5, {"peft": differences[1]}, None),
     ]
-
-
-def row(name: str, value: float, bar: float, peer: dict, spread: list[float] | None) -> dict:
-    return {"row": name, "value": value, "bar": bar, "met": value <= bar, "peer": peer, "spread": spread}
 
 
 def main() -> None:
@@ -134,10 +110,7 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {options.threads} thread(s), {options.turns} turns, B={BATCH}, ViT-S/16, r={RANK}"
     )
-    for found in rows(options.turns):
-        print(
-            f"{found['row']:<45} {found['value']:.3g}  bar {found['bar']:g}  {found['spread'] or ''}  {found['peer']}"
-        )
+    show(rows(options.turns))
 
 
 if __name__ == "__main__":
