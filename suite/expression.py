@@ -26,7 +26,7 @@ def coefficients(expression: str, names: Collection[str]) -> dict[str, float]:
         tree = ast.parse(text, mode="eval").body
         found = _linear(text, tree)
     except SyntaxError as e:
-        raise _error(text, max(0, (e.offset or 1) - 1), e.msg) from None
+        raise _error(text, e.offset - 1 if e.offset else len(text), e.msg) from None  # 0: something is missing behind
     except (RecursionError, MemoryError, OverflowError, ValueError) as e:
         raise e if isinstance(e, UsageError) else _error(text, 0, "too deep, or a number too large") from None
     if found.pop(None, 0.0):

@@ -93,6 +93,7 @@ def test_an_expression_is_a_sum_of_factors(text, found):
         ("a + 2j*b + c", "have a meaning"),
         ("a + b + c[0]", r"column 10: '\['"),
         ("a + b # - c", "column 7: '#'"),
+        ("a + b - c *", "column 12: invalid syntax"),
         ("", "column 1"),
         ("(" * 300 + "a" + ")" * 300, "column"),
         ("1e308*1e308*a + b + c", "too large"),
